@@ -1,0 +1,217 @@
+"""The training step: the gradient of a window of any length in the memory of one segment, exact or truncated.
+
+Pass 1 runs the segments without a graph and keeps the state at each border. Pass 2 goes from the last segment to the
+first: it runs a segment again, with a graph, and back-propagates its loss and the gradient G that the next segment gave
+for the state between them; what arrives at the incoming state is the next G. Summed parameter gradients are handed over
+in one ordinary backward, so whatever drives the optimizer sees one loss with one gradient.
+
+B lanes, S segments, N sequences in a segment, D numbers in a state, all of it in one row.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from infctx.loss import IGNORED, token_losses
+from infctx.segments import Sequences, Window, sequences
+from infctx.state import State, pack, unpack
+
+POSITION_BUCKETS = 40  # bucket i holds positions 2^i - 1 to 2^(i+1) - 2 of a document
+
+
+def window_loss(
+    model: nn.Module,
+    window: Window,
+    state: State | None,
+    horizon: int | None = None,
+    normaliser: Tensor | int | None = None,
+    *,
+    l2_penalty: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor], State]:
+    """Loss of a window and its gradient with respect to the parameters, `state` and the model's initial state.
+
+    Args:
+        model: has `features`, `head` and `initial_state`, as `models.rwkv.RWKV` has.
+        window: the tokens of B lanes.
+        state: what the previous window left in the lanes (B rows); None: the model's initial state.
+        horizon: segments the gradient reaches back: it is cut at the borders horizon, 2 horizon, ... of the window;
+            None: at none of them.
+        normaliser: what the summed loss is divided by; None: the window's own number of supervised tokens.
+        l2_penalty: see `loss.token_losses`.
+    Returns:
+        the loss, a scalar (exactly 0 with no supervised token); metrics, detached: `loss_sum` and `tokens` (supervised),
+        `segment_loss` (S,) summed losses, `position_loss` and `position_tokens` by power-of-two bucket of the position;
+        and the state after the window, detached.
+    Raises: ValueError if horizon is less than 1.
+    """
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be at least 1 segment or null (the whole window), got {horizon}")
+    like = model.initial_state(1)
+    fresh = pack(like)
+    lanes = pack(state) if state is not None else fresh.expand(len(window.tokens), -1)
+    if normaliser is None:
+        normaliser = (window.targets != IGNORED).sum().clamp(min=1)
+    task = _Task(model, window, like, horizon or window.tokens.shape[1], normaliser, l2_penalty, _Metrics.zeros(window))
+    if torch.is_grad_enabled():
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        loss, carried = _WindowGradient.apply(task, lanes, fresh, *parameters)
+    else:
+        loss, carried = _forward_only(task, lanes, fresh)
+    return loss, task.metrics._asdict(), unpack(carried, like)
+
+
+class _Metrics(NamedTuple):
+    loss_sum: Tensor
+    tokens: Tensor
+    segment_loss: Tensor
+    position_loss: Tensor
+    position_tokens: Tensor
+
+    @classmethod
+    def zeros(cls, window: Window) -> "_Metrics":
+        buckets = POSITION_BUCKETS if window.position is not None else 0
+        sizes = ((), (), (window.tokens.shape[1],), (buckets,), (buckets,))
+        return cls(*(torch.zeros(size, dtype=torch.float64, device=window.tokens.device) for size in sizes))
+
+    def add(self, segment: int, sequence: Sequences, losses: Tensor) -> None:
+        learnt, total = sequence.targets != IGNORED, losses.sum()
+        self.loss_sum.add_(total)
+        self.tokens.add_(learnt.sum())
+        self.segment_loss[segment] = total
+        if sequence.position is not None:
+            bucket = torch.frexp((sequence.position + 1).double()).exponent.long() - 1
+            self.position_loss.index_add_(0, bucket, losses.double())
+            self.position_tokens.index_add_(0, bucket, learnt.double())
+
+
+class _Task(NamedTuple):
+    model: Any
+    window: Window
+    like: State
+    horizon: int
+    normaliser: Tensor | int
+    l2_penalty: float
+    metrics: _Metrics
+
+    def advance(self, segment: int, lanes: Tensor, fresh: Tensor) -> tuple[Tensor | None, Sequences, Tensor]:
+        """Run one segment from the lanes' states (B, D): features (M, C), its sequences, the lanes' states after it."""
+        s = sequences(self.window, segment)
+        if not s.tokens.numel():
+            return None, s, lanes
+        rows = torch.where(s.fresh.unsqueeze(1), fresh, lanes[s.lane])
+        x, after = self.model.features(s.tokens, unpack(rows, self.like), s.cu_seqlens)
+        return x.squeeze(0), s, torch.cat([pack(after), lanes])[s.last]
+
+    def loss(self, segment: int, x: Tensor, s: Sequences) -> Tensor:
+        """The summed loss of a segment, noted in the metrics."""
+        total, losses = token_losses(x, self.model.head.weight, s.targets, self.l2_penalty)
+        self.metrics.add(segment, s, losses)
+        return total
+
+    def divide(self, total: Tensor) -> Tensor:
+        """By the normaliser, keeping the dtype."""
+        return (total / self.normaliser).to(total.dtype)
+
+
+def _forward_only(task: _Task, lanes: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    total = lanes.new_zeros(())
+    for segment in range(task.window.tokens.shape[1]):
+        x, s, lanes = task.advance(segment, lanes, fresh)
+        if x is not None:
+            total = total + task.loss(segment, x, s)
+    return task.divide(total), lanes
+
+
+class _WindowGradient(torch.autograd.Function):
+    """The whole of forward and backward, done in forward; backward hands the gradients over."""
+
+    @staticmethod
+    def forward(ctx, task, lanes, fresh, *parameters):  # type: ignore[no-untyped-def]
+        gradient = _Gradient(task, fresh.detach(), parameters)
+        loss, carried = gradient.window(lanes.detach())
+        ctx.grads = gradient.result()
+        ctx.mark_non_differentiable(carried)
+        return loss, carried
+
+    @staticmethod
+    def backward(ctx, dloss, _):  # type: ignore[no-untyped-def]
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:
+            raise RuntimeError("a window's gradient can be taken once: call window_loss again")
+        torch._foreach_mul_([g for g in grads if g is not None], dloss)
+        return None, *grads
+
+
+class _Gradient:
+    """Sums of gradients over the segments of one window: of the lanes' states, the fresh state and the parameters."""
+
+    def __init__(self, task: _Task, fresh: Tensor, parameters: tuple[nn.Parameter, ...]) -> None:
+        self.task, self.fresh, self.parameters = task, fresh.requires_grad_(), parameters
+        self.sums: list[Tensor] | None = None
+        self.lanes: Tensor | None = None
+        self.seed = int(torch.randint(2**62, ()))
+
+    def window(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns: the loss, and the lanes' states after the window."""
+        count = self.task.window.tokens.shape[1]
+        total = lanes.new_zeros(())
+        borders = lanes.new_empty(min(self.task.horizon, count), *lanes.shape)
+        for begin in range(0, count, self.task.horizon):
+            group = range(begin, min(begin + self.task.horizon, count))
+            self._borders(group, lanes, borders)
+            g = torch.zeros_like(lanes)
+            for segment in reversed(group):
+                loss, after, g = self._segment(segment, borders[segment - begin], g)
+                lanes = after if segment == group[-1] else lanes
+                total = total + loss
+            if begin == 0:
+                self.lanes = g
+        return self.task.divide(total), lanes
+
+    def result(self) -> tuple[Tensor | None, ...]:
+        """Gradients of the lanes' states, the fresh state and each parameter, in their dtypes; zeros, never None."""
+        fresh, *sums = self.sums or [torch.zeros_like(p) for p in (self.fresh, *self.parameters)]
+        return self.lanes, fresh, *(g.to(p.dtype) for g, p in zip(sums, self.parameters, strict=True))
+
+    def _borders(self, group: range, lanes: Tensor, borders: Tensor) -> None:
+        """Pass 1: the state before each segment of the group."""
+        with torch.no_grad():
+            for i, segment in enumerate(group):
+                borders[i] = lanes
+                if segment != group[-1]:
+                    with _seeded(self.seed + segment, lanes.device):
+                        _, _, lanes = self.task.advance(segment, lanes, self.fresh)
+        torch.clear_autocast_cache()  # its casts were made without a graph: pass 2 would silently learn nothing from them
+
+    @torch.enable_grad()
+    def _segment(self, segment: int, before: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pass 2: the loss of a segment, the lanes' states after it, and the gradient of those before it."""
+        before = before.detach().requires_grad_()
+        with _seeded(self.seed + segment, before.device):
+            x, s, after = self.task.advance(segment, before, self.fresh)
+        if x is None:
+            return g.new_zeros(()), before.detach(), g
+        loss = self.task.loss(segment, x, s)
+        sources = (before, self.fresh, *self.parameters)
+        seeds = (self.task.divide(torch.ones_like(loss)), g)
+        g, *grads = torch.autograd.grad((loss, after), sources, seeds, allow_unused=True, materialize_grads=True)
+        self._add(grads)
+        return loss.detach(), after.detach(), g
+
+    def _add(self, grads: list[Tensor]) -> None:
+        if self.sums is None:
+            # Copied, since two inputs may be given one tensor; widened, since hundreds of bfloat16 terms would stand still.
+            self.sums = [x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in grads]
+        else:
+            torch._foreach_add_(self.sums, [x.to(y.dtype) for x, y in zip(grads, self.sums, strict=True)])
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Both passes of a segment draw the same dropout masks, at the cost of one number a window."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,121 @@
+"""RWKV-7 (Goose): a delta rule with a decay and a learning rate per channel, low-rank and data-dependent.
+
+B rows, T tokens, C channels, H heads, N = C / H channels per head, N_seq sequences (B rows, or packed in one row).
+Peng et al. 2025, arXiv:2503.14456, section 4 and appendix; initial values as the official trainer's.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infctx.config import ModelConfig
+from infctx.models.layers import Shared, token_shift
+from infctx.ops import wkv7
+from infctx.state import BlockState
+
+GROUP_NORM_EPS = 64e-5  # whatever the head size: converters that scale it by N are wrong for N != 64
+SLOWEST = -math.exp(-0.5)  # log decay = SLOWEST * sigmoid(.): never below -0.6065 per token
+
+
+class TimeMix(nn.Module):
+    """Time mixing: reads and writes the (V, K) matrix state of each head."""
+
+    double_lr = ("w0",)  # the decay base learns at twice the rate
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        c, n, self.layer, self.n_layer = config.n_embd, config.head_size, layer, config.n_layer
+        for name in "rwkvag":
+            self.register_parameter(f"x_{name}", nn.Parameter(torch.empty(1, 1, c)))
+        for name, rank in config.ranks.items():
+            # Published files hold layer 0's value residual, which has nothing to mix with: kept, never trained.
+            trained = not (name == "v" and layer == 0)
+            shapes = {f"{name}1": (c, rank), f"{name}2": (rank, c)} | ({f"{name}0": (1, 1, c)} if name != "g" else {})
+            for key, shape in shapes.items():
+                self.register_parameter(key, nn.Parameter(torch.empty(shape), requires_grad=trained))
+        self.k_k = nn.Parameter(torch.empty(1, 1, c))
+        self.k_a = nn.Parameter(torch.empty(1, 1, c))
+        self.r_k = nn.Parameter(torch.empty(c // n, n))
+        self.receptance, self.key, self.value, self.output = (nn.Linear(c, c, bias=False) for _ in range(4))
+        self.ln_x = nn.GroupNorm(c // n, c, eps=GROUP_NORM_EPS)
+
+    def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
+        """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
+        previous, att_shift = token_shift(x, state.att_shift, shared.packing)
+        dx = previous - x
+        xr, xw, xk, xv, xa, xg = (x + dx * mix for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # (B, T, C)
+        w = SLOWEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(state.wkv.dtype))
+        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        if self.layer == 0:
+            shared = shared._replace(v_first=v)
+        else:
+            v = torch.lerp(v, shared.v_first.to(v.dtype), torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(v.dtype))
+        kk = F.normalize(self._heads(k * self.k_k).to(state.wkv.dtype), dim=-1, eps=1e-12)
+        k = k * (1 + (a - 1) * self.k_a)
+        r, w, k, v, a = map(self._heads, (r, w, k, v, a))  # (B, T, H, N)
+        y, wkv = wkv7(r, w, k, v, -kk, kk * a, state.wkv, shared.cu_seqlens, shared.kernel)  # wkv (N_seq, H, V, K)
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(x) + bonus.flatten(2)
+        return self.output(y * g), shared, state._replace(att_shift=att_shift, wkv=wkv)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, self.r_k.shape)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Official initial values. With one layer the depth ratio is 0."""
+        c, n = self.r_k.numel(), self.r_k.shape[1]
+        depth = self.layer / max(1, self.n_layer - 1)
+        upwards = 1 - self.layer / self.n_layer
+        channel, linear = torch.arange(c) / c, torch.arange(c) / max(1, c - 1) - 0.5
+        zigzag = 2 * (torch.arange(c) % n) / max(1, n - 1) - 1
+        zigzag = zigzag * zigzag.abs()
+        for name, power in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items():
+            getattr(self, f"x_{name}").copy_(1 - channel ** (power * upwards))
+        decay = -6 + 6 * (linear + 0.5) ** (1 + depth**0.3)
+        self.w0.copy_(decay + 0.5 + 2.5 * zigzag)
+        self.a0.copy_(-0.19 + 0.3 * zigzag + 0.4 * linear)
+        self.v0.copy_(0.73 - 0.4 * linear)
+        for name in "wavg":
+            getattr(self, f"{name}1").zero_()
+            second = getattr(self, f"{name}2")
+            nn.init.orthogonal_(second, gain=0.1 * max(1.0, second.shape[0] / second.shape[1]) ** 0.5)
+        self.k_k.copy_(0.71 - 0.1 * linear)
+        self.k_a.fill_(1.02)
+        self.r_k.fill_(-0.04)
+        nn.init.orthogonal_(self.receptance.weight)
+        nn.init.orthogonal_(self.key.weight, gain=0.1)
+        nn.init.orthogonal_(self.value.weight)
+        self.output.weight.zero_()
+        self.ln_x.weight.fill_(((1 + self.layer) / self.n_layer) ** 0.7)
+        self.ln_x.bias.zero_()
+
+
+class ChannelMix(nn.Module):
+    """Channel mixing: a squared-ReLU layer on the token and its predecessor."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.dim_ffn is not None
+        self.power = (1 - layer / config.n_layer) ** 4
+        self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
+        self.key = nn.Linear(config.n_embd, config.dim_ffn, bias=False)
+        self.value = nn.Linear(config.dim_ffn, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, BlockState]:
+        """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
+        previous, ffn_shift = token_shift(x, state.ffn_shift, shared.packing)
+        k = torch.relu(self.key(x + (previous - x) * self.x_k)) ** 2
+        return self.value(k), state._replace(ffn_shift=ffn_shift)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Official initial values."""
+        c = self.x_k.numel()
+        self.x_k.copy_(1 - (torch.arange(c) / c) ** self.power)
+        nn.init.orthogonal_(self.key.weight)
+        self.value.weight.zero_()

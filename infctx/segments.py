@@ -1,0 +1,277 @@
+"""Documents into lanes, lanes into windows, windows into segments: a plan of an epoch, and the loader that follows it.
+
+B lanes on this rank, G lanes in all, S segments in a window, T tokens in a segment.
+"""
+
+import heapq
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infctx.loss import IGNORED
+
+POOL = 64  # with whole documents: how many a lane the planner looks over for ones that fill a window
+
+
+class Document(NamedTuple):
+    """A document's tokens, and which of them are to be learnt (None: all). A mask belongs to the target token."""
+
+    tokens: np.ndarray  # (n,)
+    mask: np.ndarray | None = None  # (n,) bool
+
+
+class Documents(Protocol):
+    """Documents on disk, by number: n tokens make n - 1 inputs."""
+
+    inputs: np.ndarray  # (documents,) int64, input tokens of each
+    supervised: np.ndarray  # (documents,) int64, targets to be learnt of each
+
+    def tokens(self, document: int, begin: int, end: int) -> np.ndarray:
+        """Tokens begin to end of a document."""
+
+    def mask(self, document: int, begin: int, end: int) -> np.ndarray:
+        """Which of them are to be learnt."""
+
+
+class Window(NamedTuple):
+    """What is trained on at once."""
+
+    tokens: Tensor  # (B, S, T) int64
+    targets: Tensor  # (B, S, T) int64, -100 where nothing is to be learnt
+    start: Tensor  # (B, S, T) bool, true at the first token of a document
+    ids: Tensor  # (B, S, T) int32, which document the token is of; -1: padding
+    position: Tensor | None = None  # (B, S, T) int64, the token's place in its document
+    normaliser: int | None = None  # supervised tokens of the whole optimizer step: all lanes, all accumulated windows
+
+
+class Sequences(NamedTuple):
+    """A segment as N sequences end to end, without its padding."""
+
+    tokens: Tensor  # (1, M)
+    targets: Tensor  # (M,)
+    position: Tensor | None  # (M,)
+    cu_seqlens: Tensor  # (N + 1,) int32
+    lane: Tensor  # (N,) the lane a sequence is in
+    fresh: Tensor  # (N,) bool, whether it begins a document
+    last: Tensor  # (B,) the last sequence of each lane; N + b where lane b has no token here
+
+
+def sequences(window: Window, segment: int) -> Sequences:
+    """Lay a segment's lanes end to end: a sequence begins where a lane does and where a document does."""
+    # On the CPU, where the loader left them: nothing waits for the device.
+    real, start = window.ids[:, segment].cpu() >= 0, window.start[:, segment].cpu().flatten()
+    lanes, length = real.shape
+    index = real.flatten().nonzero().squeeze(1)
+    lane = index // length
+    border = torch.ones(len(index), dtype=torch.bool)
+    border[1:] = (lane[1:] != lane[:-1]) | start[index[1:]]
+    begin = border.nonzero().squeeze(1)
+    n = len(begin)
+    cu_seqlens = torch.cat([begin, torch.tensor([len(index)])]).int()
+    last = (n + torch.arange(lanes)).scatter_reduce(0, lane[begin], torch.arange(n), "amax", include_self=False)
+    device = window.tokens.device
+    where = index.to(device)
+    flat = [None if x is None else x[:, segment].flatten()[where] for x in (window.tokens, window.targets, window.position)]
+    few = (x.to(device) for x in (cu_seqlens, lane[begin], start[index[begin]], last))
+    return Sequences(flat[0].unsqueeze(0), flat[1], flat[2], *few)
+
+
+class Piece(NamedTuple):
+    """Inputs begin to end of a document, at `place` in a lane's row of a window."""
+
+    lane: int
+    place: int
+    document: int
+    begin: int
+    end: int
+
+
+class Plan:
+    """Where each token of an epoch goes: a pure function of the arguments, with random access to every window.
+
+    Each lane reads its documents one after another from a line of tokens; window i is the stretch
+    borders[i] to borders[i + 1] of every lane's line.
+
+    Args:
+        inputs: (documents,) input tokens of each document.
+        lanes: G, in all.
+        segment_length: T.
+        segments_per_window: S, or None: windows hold whole documents and are as long as their longest.
+        seed, epoch: of the shuffle.
+    """
+
+    def __init__(
+        self, inputs: np.ndarray, lanes: int, segment_length: int, segments_per_window: int | None, seed: int, epoch: int
+    ) -> None:
+        self.inputs, self.segment_length = inputs, segment_length
+        random = np.random.default_rng([seed, epoch])
+        if segments_per_window is None:
+            self.borders, lines = _whole(inputs, lanes, segment_length, random)
+        else:
+            self.borders, lines = _running(inputs, lanes, segment_length * segments_per_window, segment_length, random)
+        self.documents = [np.array([d for d, _ in line], dtype=np.int64) for line in lines]
+        self.begins = [np.array([b for _, b in line], dtype=np.int64) for line in lines]
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    def pieces(self, window: int) -> Iterator[Piece]:
+        """What a window holds, lane by lane."""
+        low, high = self.borders[window], self.borders[window + 1]
+        for lane, (documents, begins) in enumerate(zip(self.documents, self.begins, strict=True)):
+            first = max(0, int(np.searchsorted(begins, low, "right")) - 1)
+            for document, begin in zip(documents[first:].tolist(), begins[first:].tolist(), strict=True):
+                if begin >= high:
+                    break
+                end = min(begin + int(self.inputs[document]), high)
+                if end > low:
+                    yield Piece(lane, max(begin, low) - low, document, max(low - begin, 0), end - begin)
+
+    @property
+    def padding(self) -> float:
+        """The share of an epoch's places that hold no token."""
+        return 1 - float(self.inputs.sum()) / (len(self.documents) * self.borders[-1])
+
+    def cut(self, horizon: int | None) -> float:
+        """The share of tokens whose gradient ends before the beginning of their document."""
+        reach = self.segment_length * horizon if horizon else self.borders[-1]
+        cut = 0
+        for documents, begins in zip(self.documents, self.begins, strict=True):
+            window = np.searchsorted(self.borders, begins, "right") - 1
+            border = np.minimum(np.take(self.borders, window + 1), self.next_cut(begins, window, reach))
+            cut += int(np.maximum(begins + self.inputs[documents] - border, 0).sum())
+        return cut / max(1, int(self.inputs.sum()))
+
+    def next_cut(self, begins: np.ndarray, window: np.ndarray, reach: int) -> np.ndarray:
+        """The first border of the horizon after each place, in its window."""
+        low = np.take(self.borders, window)
+        return low + ((begins - low) // reach + 1) * reach
+
+
+Line = list[tuple[int, int]]  # (document, where it begins)
+
+
+def _running(inputs: np.ndarray, lanes: int, window: int, segment: int, random: Any) -> tuple[list[int], list[Line]]:
+    """Longest first to the shortest lane, which keeps them even; then in random order. Windows cut where they end."""
+    shuffled = random.permutation(len(inputs))
+    held: list[list[int]] = [[] for _ in range(lanes)]
+    loads = [(0, lane) for lane in range(lanes)]
+    for document in shuffled[np.argsort(-inputs[shuffled], kind="stable")].tolist():
+        load, lane = loads[0]
+        heapq.heapreplace(loads, (load + int(inputs[document]), lane))
+        held[lane].append(document)
+    lines = []
+    for documents in held:
+        order = random.permutation(np.array(documents, dtype=np.int64))
+        lines.append(list(zip(order.tolist(), (inputs[order].cumsum() - inputs[order]).tolist(), strict=True)))
+    total = -(-max(load for load, _ in loads) // segment) * segment
+    return [*range(0, total, window), total], lines
+
+
+def _whole(inputs: np.ndarray, lanes: int, segment: int, random: Any) -> tuple[list[int], list[Line]]:
+    """Windows as long as the longest document of a pool of random ones, each lane filled with the longest that fit."""
+    waiting = random.permutation(len(inputs)).tolist()
+    pool: list[tuple[int, int]] = []
+    windows: list[tuple[int, list[Line]]] = []
+    while waiting or pool:
+        while waiting and len(pool) < POOL * lanes:
+            document = waiting.pop()
+            insort(pool, (int(inputs[document]), document))
+        length = -(-pool[-1][0] // segment) * segment
+        windows.append((length, [_fill(pool, length) for _ in range(lanes)]))
+    borders, lines = [0], [[] for _ in range(lanes)]  # type: tuple[list[int], list[Line]]
+    for i in random.permutation(len(windows)).tolist():
+        length, rows = windows[i]
+        for line, row in zip(lines, random.permutation(lanes).tolist(), strict=True):
+            line.extend((document, borders[-1] + begin) for document, begin in rows[row])
+        borders.append(borders[-1] + length)
+    return borders, lines
+
+
+def _fill(pool: list[tuple[int, int]], length: int) -> Line:
+    """Take documents from the sorted pool, the longest that fits first, until none fits."""
+    line, used = [], 0
+    while (at := bisect_right(pool, (length - used, 2**62))) > 0:
+        size, document = pool.pop(at - 1)
+        line.append((document, used))
+        used += size
+    return line
+
+
+class WindowLoader:
+    """The windows of one epoch on one rank; stops and goes on anywhere.
+
+    Args:
+        documents: where tokens come from.
+        plan: the plan of an epoch, by its number.
+        lanes: the lanes of this rank, of G in all.
+        accumulate: windows in an optimizer step.
+        epoch: its number.
+        identity: what must be the same for a position to mean the same: refused otherwise.
+    """
+
+    def __init__(
+        self, documents: Documents, plan: Callable[[int], Plan], lanes: range, accumulate: int, epoch: int,
+        identity: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.documents, self.plan_of, self.lanes, self.accumulate = documents, plan, lanes, accumulate
+        self.epoch, self.position, self.identity = epoch, 0, identity
+        self.plan = plan(epoch)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Window]:
+        for i in range(self.position, len(self)):
+            self.position = i + 1
+            yield self.window(i)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands, in a few numbers."""
+        return {"epoch": self.epoch, "position": self.position, **self.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there. Raises: ValueError if the data, the lanes or the cuts are not the same."""
+        for key, value in self.identity.items():
+            if state.get(key) != value:
+                raise ValueError(f"data.{key} was {state.get(key)} in the checkpoint and is {value} now: "
+                                 "the run cannot go on with the same documents in the same order")  # fmt: skip
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.plan = self.plan_of(self.epoch)
+
+    def window(self, i: int) -> Window:
+        """Window i of the epoch."""
+        shape = (len(self.lanes), self.plan.borders[i + 1] - self.plan.borders[i])
+        tokens, targets = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+        start, ids, position = np.zeros(shape, bool), np.full(shape, -1, np.int32), np.zeros(shape, np.int64)
+        for lane, place, document, begin, end in self.plan.pieces(i):
+            if lane not in self.lanes:
+                continue
+            here = (lane - self.lanes.start, slice(place, place + end - begin))
+            piece = self.documents.tokens(document, begin, end + 1)
+            tokens[here] = piece[:-1]
+            targets[here] = np.where(self.documents.mask(document, begin + 1, end + 1), piece[1:], IGNORED)
+            start[here[0], place] = begin == 0
+            ids[here], position[here] = document, np.arange(begin, end)
+        fold = (len(self.lanes), -1, self.plan.segment_length)
+        rows = (torch.from_numpy(x).view(fold) for x in (tokens, targets, start, ids, position))
+        return Window(*rows, self.normaliser(i))
+
+    def normaliser(self, i: int) -> int:
+        """Supervised tokens of the optimizer step that window i belongs to, over all ranks."""
+        first = i - i % self.accumulate
+        return sum(self._supervised(j) for j in range(first, min(first + self.accumulate, len(self))))
+
+    def _supervised(self, i: int) -> int:
+        total, d = 0, self.documents
+        for _, _, document, begin, end in self.plan.pieces(i):
+            whole = end - begin == d.inputs[document]
+            if whole or d.supervised[document] == d.inputs[document]:
+                total += int(d.supervised[document]) if whole else end - begin
+            else:
+                total += int(d.mask(document, begin + 1, end + 1).sum())
+        return total
