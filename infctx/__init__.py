@@ -1,7 +1,9 @@
 """Infinite-context, time-parallel fine-tuning for recurrent language models."""
 
 from infctx import ops
+from infctx.checkpoint import load_model, save_model
 from infctx.config import ModelConfig
+from infctx.generate import generate
 from infctx.models.rwkv import init_model
 
-__all__ = ["ModelConfig", "init_model", "ops"]
+__all__ = ["ModelConfig", "generate", "init_model", "load_model", "ops", "save_model"]

@@ -264,7 +264,7 @@ class WindowLoader:
     def normaliser(self, i: int) -> int:
         """Supervised tokens of the optimizer step that window i belongs to, over all ranks."""
         first = i - i % self.accumulate
-        return sum(self._supervised(j) for j in range(first, min(first + self.accumulate, len(self))))
+        return max(1, sum(self._supervised(j) for j in range(first, min(first + self.accumulate, len(self)))))
 
     def _supervised(self, i: int) -> int:
         total, d = 0, self.documents

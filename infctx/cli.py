@@ -1,0 +1,250 @@
+"""The commands. What trains is LightningCLI on the constructors; the rest are the functions below."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace, auto_cli
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from infctx.checkpoint import checkpoints, load_model, newest, save_model, verify
+from infctx.data import DocumentData
+from infctx.documents import Source
+from infctx.generate import sample
+from infctx.report import write_report
+from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
+from infctx.tokenizer import load_tokenizer
+from infctx.training import InfctxModule
+
+
+class UserError(ValueError):
+    """What the user can mend: shown without a traceback."""
+
+
+class Parser(LightningArgumentParser):
+    """An argument parser whose errors are a line, not a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises: UserError, always."""
+        raise UserError(message)
+
+
+class Trainer(pl.Trainer):
+    """Lightning's, with the verbs that read a recipe but train nothing."""
+
+    def prepare(self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None) -> None:
+        """Tokenise the documents of a recipe into data.path, unless that is done."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """The recipe as resolved, in the run's folder."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write config.yaml; Lightning calls it on the first rank."""
+        callback = next(x for x in trainer.callbacks if isinstance(x, Metrics))  # type: ignore[attr-defined]
+        path = callback.file.parent / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class CLI(LightningCLI):
+    """fit, validate and prepare: everything they take is a constructor's argument, a key of the recipe."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs, and which arguments of the trainer's methods are no options."""
+        loaders = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        return {"fit": loaders, "validate": loaders | {"verbose"}, "prepare": loaders}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The file that a run leaves says only what was asked for."""
+        return super().init_parser(**{**kwargs, "dump_header": None})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What is neither model, data nor trainer."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        help_name = "of the run's folder under runs/, or a path if it holds a slash; default: the recipe's and the time"
+        parser.add_argument("--name", type=str | None, default=None, help=help_name)
+        help_resume = "auto: from the newest sound checkpoint of --name, if any; or a checkpoint's folder"
+        parser.add_argument("--resume", type=str | None, default=None, help=help_resume)
+
+    def before_instantiate_classes(self) -> None:
+        """Decide what run this is, before anything is built or written."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "prepare":
+            _prepare(config.data)
+            raise SystemExit(0)
+        if self.subcommand == "fit":
+            self.run_folder, self.resume = _decide(config)
+            print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add what a run writes."""
+        own: dict[str, Any] = {"plugins": [FolderCheckpoints()], "logger": False}
+        if self.subcommand == "fit":
+            given = self._get(self.config_init, "trainer")
+            metrics = Metrics(self.run_folder)
+            checkpoint = self._get(self.config_init, "checkpoint")
+            checkpoint.run, checkpoint.resume = self.run_folder, self.resume
+            bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
+            own["callbacks"] = [*(given["callbacks"] or []), metrics, *bar]
+            if given["logger"] in (None, True):
+                own["logger"] = TensorBoardLogger(self.run_folder, name="", version="tensorboard")
+            else:
+                own["logger"] = given["logger"]
+        return super().instantiate_trainer(**own, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """One seed for the order of documents and the rest."""
+        self.datamodule.seed = int(self.config[self.subcommand].seed_everything)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, and write the report."""
+        self.trainer.fit(**kwargs, ckpt_path=self.resume, weights_only=True)
+        if self.trainer.is_global_zero:
+            print(f"report: {write_report(self.run_folder)}")
+
+    def validate(self, **kwargs: Any) -> None:
+        """The loss over the held-out documents."""
+        if self.config.validate.data.validation is None:
+            raise ValueError("data.validation is null: there is nothing to validate on")
+        self.trainer.validate(**kwargs, verbose=False)
+        print(f"validation_loss: {float(self.trainer.callback_metrics['validation_loss']):.6f} nats per token")
+
+
+def _decide(config: Namespace) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint it goes on from. Copies that the first rank starts are told both."""
+    name, resume = config.name, config.resume
+    if resume not in (None, "auto"):
+        resume = Path(resume) if checkpoints(resume) == [] else newest(resume)
+        verify(resume)
+        name = name or str(resume.absolute().parent.parent)
+    if name is None:
+        recipe = Path(str(config.config[-1])).stem if config.config else "run"
+        name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(name) if "/" in name else Path("runs", name)
+    if rank_zero_only.rank != 0:
+        return folder, resume
+    if resume == "auto":
+        resume = newest(folder) if checkpoints(folder) else None
+        if resume and read_end(folder) == [int(resume.name[5:]), config.trainer.max_epochs, config.trainer.max_steps]:
+            print(f"run: {folder} has ended, at {resume.name}; nothing to do")
+            raise SystemExit(0)
+    elif resume is None and (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{folder} holds a run already: give another --name, or --resume auto to go on with it")
+    sys.argv += [f"--name={folder.absolute()}", f"--resume={resume.absolute() if resume else 'null'}"]
+    return folder, resume
+
+
+def _prepare(config: Namespace) -> None:
+    options = config.as_dict()
+    for key in ("source", "validation"):
+        if isinstance(options[key], dict):
+            options[key] = Source(**options[key])
+    DocumentData(**options).prepare_data()
+
+
+def export(run: str, out: str, what: Literal["model"] = "model") -> None:
+    """Write the weights of a run or of one of its checkpoints to a file that other software reads.
+
+    Args:
+        run: run folder (its newest sound checkpoint) or checkpoint folder.
+        out: file to write: .pth or .safetensors.
+        what: model: all weights.
+    """
+    save_model(load_model(run), out)
+    print(f"{what}: {out}")
+
+
+def generate(
+    model: str, prompt: str, max_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+    tokenizer: str = "bytes",
+) -> None:  # fmt: skip
+    """Print a text and what the model makes follow it.
+
+    Args:
+        model: weights: .pth, .safetensors, checkpoint or run folder.
+        prompt: the beginning.
+        max_tokens: at most this many tokens follow.
+        temperature: 0 takes the likeliest token each time.
+        top_p: draw from the fewest tokens that hold this probability.
+        seed: of the draws.
+        tokenizer: bytes.
+    """
+    words, net = load_tokenizer(tokenizer), load_model(model)
+    if net.config.vocab_size < words.vocab_size:
+        raise ValueError(f"tokenizer {tokenizer} has {words.vocab_size} ids, the model only {net.config.vocab_size}")
+    ids = sample(net, [int(i) for i in words.encode(prompt)], max_tokens, temperature, top_p, seed)
+    first = next(ids, None)  # errors come before the prompt is repeated
+    print(prompt, end="", flush=True)
+    for piece in words.stream(x for x in _chain(first, ids)):
+        print(piece, end="", flush=True)
+    print()
+
+
+def report(run: str) -> None:
+    """Draw the figures of a run into one HTML page.
+
+    Args:
+        run: run folder.
+    """
+    print(f"report: {write_report(run)}")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"export": export, "generate": generate, "report": report}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command line. Errors that a user can mend are at most five lines; --debug shows where they came from."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [x for x in argv if x != "--debug"]
+    _quiet()
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_overview())
+        elif argv[0] in COMMANDS:
+            auto_cli(COMMANDS[argv[0]], args=argv[1:], parser_class=Parser, prog=f"infctx {argv[0]}")
+        elif argv[0] in CLI.subcommands():
+            defaults = {"num_sanity_val_steps": 0, "use_distributed_sampler": False, "reload_dataloaders_every_n_epochs": 1,
+                        "max_epochs": 1, "gradient_clip_val": 1.0, "enable_model_summary": False}  # fmt: skip
+            CLI(InfctxModule, DocumentData, trainer_class=Trainer, parser_class=Parser, args=argv, trainer_defaults=defaults,
+                save_config_callback=SaveConfig, save_config_kwargs={"save_to_log_dir": False},
+                seed_everything_default=0)  # fmt: skip
+        else:
+            raise UserError(f"there is no command {argv[0]!r}\n{_overview()}")
+    except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()][:4] or [type(error).__name__]
+        print(f"infctx: error: {lines[0]}", *lines[1:], sep="\n", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _overview() -> str:
+    verbs = {"fit": "train by a recipe", "validate": "loss over held-out documents", "prepare": "tokenise documents"}
+    verbs |= {name: (f.__doc__ or "").splitlines()[0] for name, f in COMMANDS.items()}
+    return "commands: " + ", ".join(verbs) + "; infctx COMMAND --help says more"
+
+
+def _chain(first: int | None, rest: Any) -> Any:
+    if first is not None:
+        yield first
+        yield from rest
+
+
+def _quiet() -> None:
+    """Leave out what a user of recipes can do nothing about."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx", "datasets", "fsspec", "torch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*args parameter is intended.*", ".*smaller than the logging.*",
+                    ".*TensorBoard.*", ".*GPU available but not used.*", ".*is not a known.*"):  # fmt: skip
+        warnings.filterwarnings("ignore", message)

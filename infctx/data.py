@@ -1,0 +1,134 @@
+"""The data section of a recipe: prepared documents, split, planned, loaded."""
+
+from functools import lru_cache
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+
+from infctx.documents import ArrowDocuments, Source, prepare
+from infctx.segments import Plan, WindowLoader
+from infctx.tokenizer import load_tokenizer
+
+
+class DocumentData(pl.LightningDataModule):
+    """Documents of any length, in lanes.
+
+    Args:
+        source: where documents come from.
+        path: the folder where `prepare` keeps the tokens; `fit` prepares what is missing or stale.
+        tokenizer: bytes.
+        segment_length: tokens T of one forward of the model.
+        segments_per_window: segments under one gradient; document: as many as the longest document of the window needs.
+        batch_size: lanes on each device.
+        validation: a share of the documents, a count of them, a source of its own, or null.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        path: str,
+        tokenizer: str = "bytes",
+        segment_length: int = 512,
+        segments_per_window: int | Literal["document"] = "document",
+        batch_size: int = 1,
+        validation: int | float | Source | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"segment_length": segment_length, "segments_per_window": segments_per_window, "batch_size": batch_size}
+        for key, value in sizes.items():
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"data.{key} must be at least 1, got {value}")
+        self.source, self.path, self.tokenizer, self.validation = source, path, load_tokenizer(tokenizer), validation
+        self.segment_length, self.batch_size = segment_length, batch_size
+        self.segments_per_window = None if segments_per_window == "document" else int(segments_per_window)
+        self.plan = lru_cache(maxsize=2)(self._plan)
+        self.seed = 0
+        self.train: ArrowDocuments
+        self.held_out: ArrowDocuments | None = None
+
+    def prepare_data(self) -> None:
+        """Tokenise what is missing or stale; Lightning calls it on one rank of each machine."""
+        prepare(self.source, self.tokenizer, self.path)
+        if isinstance(self.validation, Source):
+            prepare(self.validation, self.tokenizer, f"{self.path}/validation")
+
+    def setup(self, stage: str) -> None:
+        """Open the prepared documents and split them."""
+        documents = ArrowDocuments.open(self.path)
+        if isinstance(self.validation, Source):
+            self.train, self.held_out = documents, ArrowDocuments.open(f"{self.path}/validation")
+        elif self.validation:
+            count = self.validation if isinstance(self.validation, int) else round(self.validation * len(documents))
+            count = max(1, int(count))
+            if count >= len(documents):
+                raise ValueError(f"data.validation takes {count} of {len(documents)} documents and leaves none to learn from")
+            order = np.random.default_rng(0).permutation(len(documents))
+            self.train = documents.subset(np.sort(order[count:]))
+            self.held_out = documents.subset(np.sort(order[:count]))
+        else:
+            self.train = documents
+        self.plan.cache_clear()
+
+    @property
+    def lanes(self) -> int:
+        """G: the lanes of all ranks."""
+        return self.batch_size * self.trainer.world_size
+
+    def train_dataloader(self) -> WindowLoader:
+        """The windows of the epoch that the trainer is in."""
+        identity = {"digest": self.train.digest, "lanes": self.lanes, "seed": self.seed, "documents": len(self.train),
+                    "segment_length": self.segment_length, "segments_per_window": self.segments_per_window}  # fmt: skip
+        accumulate = self.trainer.accumulate_grad_batches
+        return WindowLoader(self.train, self.plan, self._own(), accumulate, self.trainer.current_epoch, identity)
+
+    def val_dataloader(self) -> WindowLoader | list[Any]:
+        """The held-out documents, always in the same order."""
+        if self.held_out is None:
+            return []
+        held_out = self.held_out
+        plan = Plan(held_out.inputs, self.lanes, self.segment_length, self.segments_per_window, 0, 0)
+        return WindowLoader(held_out, lambda _: plan, self._own(), 1, 0, {})
+
+    def steps_in(self, epoch: int) -> int:
+        """Optimizer steps of an epoch."""
+        windows, limit = len(self.plan(epoch)), self.trainer.limit_train_batches
+        windows = min(windows, limit) if isinstance(limit, int) else int(windows * limit)
+        return -(-windows // self.trainer.accumulate_grad_batches)
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run. Raises: ValueError if the recipe sets no end."""
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        if epochs is None or epochs < 0:
+            if steps < 0:
+                raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
+            return steps
+        # Numbered windows are as many in each epoch; whole documents fall together differently each time.
+        every = range(epochs) if self.segments_per_window is None else [0] * epochs
+        total = sum(self.steps_in(epoch) for epoch in every)
+        return total if steps < 0 else min(total, steps)
+
+    def total_tokens(self) -> tuple[int, int]:
+        """Tokens and documents that the run will have read at its end, on all ranks."""
+        epochs = self.total_steps() / max(1, self.steps_in(0))
+        return round(epochs * int(self.train.inputs.sum())), round(epochs * len(self.train))
+
+    def describe(self, horizon: int | None) -> str:
+        """What an epoch is made of, in a few lines for the log."""
+        plan, d = self.plan(0), self.train
+        tokens, windows, steps = int(d.inputs.sum()), len(plan), self.steps_in(0)
+        return (
+            f"data: {len(d):,} documents, {tokens:,} tokens ({int(d.supervised.sum()):,} supervised), longest "
+            f"{int(d.inputs.max()):,}; left out, without a target: {d.left_out:,}; held out: {len(self.held_out or ()):,}\n"
+            f"plan: {self.lanes} lanes, {windows:,} windows and {steps:,} optimizer steps an epoch, "
+            f"{tokens / steps:,.0f} tokens a step; padding {plan.padding:.2%}; "
+            f"tokens whose gradient is cut before their document begins {plan.cut(horizon):.2%}"
+        )
+
+    def _plan(self, epoch: int) -> Plan:
+        shape = (self.lanes, self.segment_length, self.segments_per_window)
+        return Plan(self.train.inputs, *shape, self.seed, epoch)
+
+    def _own(self) -> range:
+        rank = self.trainer.global_rank
+        return range(rank * self.batch_size, (rank + 1) * self.batch_size)

@@ -1,0 +1,91 @@
+"""Which parameter learns how fast: groups, optimizer, schedule."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How weights are updated.
+
+    Args:
+        name: adamw.
+        lr: learning rate at its highest, per optimizer step.
+        betas: decay of the two moments, per optimizer step.
+        eps: added to the root of the second moment.
+        weight_decay: of matrices only: embedding, head, and those of both mixers.
+        schedule: cosine: from lr to final_lr over the run; constant.
+        warmup_steps: optimizer steps over which the rate rises to lr: (i + 1) / warmup_steps of it at step i.
+        final_lr: where cosine ends; null: a tenth of lr.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-18
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 0
+    final_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"model.optimizer.lr must be above 0, got {self.lr}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"model.optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Trained parameters as matrices (decayed), the rest, and what learns at twice the rate, as RWKV-LM groups them."""
+    double = {
+        id(getattr(module, name)) for module in model.modules() for name in getattr(module, "double_lr", ())
+    }  # a mixer names its decay base so
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "double": []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            matrix = name.endswith(".weight") and p.squeeze().dim() >= 2
+            groups["double" if id(p) in double else "matrices" if matrix else "rest"].append(p)
+    decay, factor = {"matrices": config.weight_decay}, {"double": 2.0}
+    return [
+        {"name": name, "params": params, "weight_decay": decay.get(name, 0.0), "lr": config.lr * factor.get(name, 1.0)}
+        for name, params in groups.items()
+        if params
+    ]
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """AdamW over the groups, in one kernel where the device has one."""
+    fused = next(model.parameters()).device.type == "cuda"
+    return AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def make_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
+    """Step it once after each optimizer step; it holds its floor past `total_steps`."""
+    return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
+
+
+def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
+    """What the rate of each group is multiplied by at step i, from 0."""
+    floor = (config.lr / 10 if config.final_lr is None else config.final_lr) / config.lr
+
+    def factor(i: int) -> float:
+        if i < config.warmup_steps:
+            return (i + 1) / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        done = min(1.0, (i - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+    return factor
+
+
+def total_norm(model: nn.Module) -> float:
+    """The 2-norm of all gradients together."""
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))

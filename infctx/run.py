@@ -1,0 +1,195 @@
+"""What a run writes: its folder, a line of figures for each step, checkpoints, a progress bar."""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+from tqdm import tqdm
+
+from infctx.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+
+PREFIX = "model."  # of the weights inside the LightningModule
+END = "ended.json"
+
+
+class Metrics(Callback):
+    """A line of `metrics.jsonl` after each optimizer step, and of `validation.jsonl` after each validation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.validation_file = folder / "metrics.jsonl", folder / "validation.jsonl"
+        self.last: dict[str, Any] = {}
+        self._step, self._clock = 0, 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Forget the lines of steps that a resumed run will make again."""
+        self._step, self._clock = trainer.global_step, time.perf_counter()
+        for file in (self.file, self.validation_file):
+            if trainer.is_global_zero and file.exists():
+                lines = file.read_bytes().splitlines(keepends=True)
+                kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= trainer.global_step]
+                file.write_bytes(b"".join(kept))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Write the figures of a step that has just been made."""
+        if trainer.global_step == self._step:
+            return
+        seconds = time.perf_counter() - self._clock
+        self._step, self._clock = trainer.global_step, time.perf_counter()
+        sums = pl_module.take_step_sums(seconds)
+        filled = sums["position_tokens"].nonzero().flatten().tolist()
+        self.last = {
+            "step": trainer.global_step,
+            "tokens": pl_module.counts["tokens"],
+            "documents": pl_module.counts["documents"],
+            "loss": float(sums["loss_sum"] / sums["tokens"].clamp(min=1)),
+            "lr": pl_module.learning_rate,
+            "grad_norm": pl_module.grad_norm,
+            "tokens_per_second": float(sums["seen"][0]) / seconds,
+            "peak_memory_bytes": peak_memory(pl_module.device),
+            "seconds": pl_module.counts["seconds"],
+            "position_loss": [[i, float(sums["position_loss"][i]), int(sums["position_tokens"][i])] for i in filled],
+        }
+        if trainer.is_global_zero:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(self.last) + "\n")
+        numbers = {key: value for key, value in self.last.items() if not isinstance(value, list)}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, trainer.global_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Write the loss of the held-out documents."""
+        if trainer.is_global_zero and trainer.state.fn == "fit":
+            line = {"step": trainer.global_step, "loss": float(trainer.callback_metrics["validation_loss"])}
+            with self.validation_file.open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+
+
+class Checkpoint(CheckpointBase):
+    """Training checkpoints that a run goes on from; the end of a run is always saved.
+
+    Args:
+        every_n_steps: optimizer steps between two of them.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, every_n_steps: int = 100, keep: int = 3) -> None:
+        for key, value in {"every_n_steps": every_n_steps, "keep": keep}.items():
+            if value < 1:
+                raise ValueError(f"checkpoint.{key} must be at least 1, got {value}")
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.run: Path | None = None
+        self.resume: Path | None = None
+        self._saved = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Ranks that were started by themselves looked into the folder by themselves: they must have seen the same."""
+        first = trainer.strategy.broadcast(str(self.resume))
+        if first != str(self.resume):
+            raise ValueError(f"rank {trainer.global_rank} would go on from {self.resume}, rank 0 from {first}: give --resume PATH")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """What is there already need not be saved again; the run has not ended any more."""
+        self._saved = trainer.global_step
+        if self.run and trainer.is_global_zero:
+            (self.run / END).unlink(missing_ok=True)
+            print(trainer.datamodule.describe(pl_module.horizon))  # type: ignore[attr-defined]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Save at every n-th step; a step of several windows ends with the last of them."""
+        if trainer.global_step > self._saved and trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save the end, and note where it was."""
+        if trainer.global_step > self._saved:
+            self._save(trainer)
+        if self.run and trainer.is_global_zero:
+            (self.run / END).write_text(json.dumps([trainer.global_step, trainer.max_epochs, trainer.max_steps]))
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        assert self.run is not None
+        trainer.save_checkpoint(self.run / "checkpoints" / f"step-{trainer.global_step}")
+        self._saved = trainer.global_step
+        if trainer.is_global_zero:
+            for folder in checkpoints(self.run)[: -self.keep]:
+                shutil.rmtree(folder)
+
+
+class FolderCheckpoints(CheckpointIO):
+    """Lightning's checkpoint as a verified folder, with the weights in a file of their own."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it whole or not at all."""
+        state = checkpoint.pop("state_dict")
+        weights = {name.removeprefix(PREFIX): x for name, x in state.items()}
+        save_checkpoint(path, weights, checkpoint, {"step": checkpoint["global_step"], "torch": torch.__version__})
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Verify it and read it; nothing but tensors and plain values is ever read."""
+        weights, checkpoint = load_checkpoint(path)
+        return {**checkpoint, "state_dict": {PREFIX + name: x for name, x in weights.items()}}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete it."""
+        shutil.rmtree(path)
+
+
+class Progress(ProgressBar):
+    """Tokens read of all that the run will read; the time left is by what this process has done itself."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__()
+        self.metrics = metrics
+        self._bar: Any = None
+
+    def disable(self) -> None:
+        """Lightning's way to silence all ranks but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """The opposite."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Open the bar where the run stands."""
+        tokens, self._documents = trainer.datamodule.total_tokens()  # type: ignore[attr-defined]
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=tokens, initial=pl_module.counts["tokens"], unit=" tokens", unit_scale=True, dynamic_ncols=terminal,
+            mininterval=0.2 if terminal else 10, disable=not getattr(self, "_enabled", True),
+        )  # fmt: skip
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        """Move on after a step."""
+        if self.metrics.last.get("tokens", 0) > self._bar.n:
+            done = f"{pl_module.counts['documents']:,}/{self._documents:,}"
+            self._bar.set_postfix(
+                step=trainer.global_step, documents=done, loss=f"{self.metrics.last['loss']:.3f}", refresh=False
+            )
+            self._bar.update(pl_module.counts["tokens"] - self._bar.n)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+
+def read_end(run: Path) -> list[int] | None:
+    """Step, max_epochs and max_steps with which a run came to its end; None if it has not."""
+    return json.loads((run / END).read_text()) if (run / END).exists() else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """The largest memory so far, in bytes: of the device's allocator, or resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

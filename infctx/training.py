@@ -1,0 +1,164 @@
+"""The model section of a recipe, as Lightning sees it: one window in, one loss out, one backward."""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from infctx.bptt import window_loss
+from infctx.checkpoint import load_model
+from infctx.config import ModelConfig
+from infctx.models.rwkv import init_model
+from infctx.ops.wkv import choose
+from infctx.optim import OptimizerConfig, make_optimizer, make_schedule, total_norm
+from infctx.segments import Window
+from infctx.state import State, pack, unpack
+
+
+class InfctxModule(pl.LightningModule):
+    """A recurrent language model that learns from windows.
+
+    Args:
+        load: weights to start from: .pth, .safetensors, a checkpoint or a run folder. Wins over `init`.
+        init: sizes of a new model.
+        horizon: segments the gradient reaches back; null: the whole window (exact); 1: classical truncated BPTT.
+        kernel: backend of the recurrence: auto, reference, chunked.
+        tuning: null: all weights.
+        optimizer: how weights are updated.
+        l2_penalty: on the largest logit of each token; RWKV-LM's L2Wrap is 1.0e-4.
+    """
+
+    def __init__(
+        self,
+        load: str | None = None,
+        init: ModelConfig | None = None,
+        horizon: int | None = None,
+        kernel: str = "auto",
+        tuning: dict[str, Any] | None = None,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        l2_penalty: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if horizon is not None and horizon < 1:
+            raise ValueError(f"model.horizon must be at least 1 segment, or null for the whole window, got {horizon}")
+        if tuning is not None:
+            raise ValueError("model.tuning: only null (all weights) is there in this version")
+        choose(kernel, "cpu")
+        if load is not None:
+            self.model = load_model(load, torch.float32, kernel=kernel)
+        elif init is not None:
+            self.model = init_model(init, seed=torch.initial_seed() % 2**63, kernel=kernel)
+        else:
+            raise ValueError("model: give load (weights to start from) or init (sizes of a new model)")
+        self.horizon, self.optimizer, self.l2_penalty = horizon, optimizer, l2_penalty
+        self.lanes: State | None = None
+        self.validation_lanes: State | None = None
+        self.step_sums: dict[str, Tensor] = {}  # what the optimizer step has seen so far, on this rank
+        self.counts = {"tokens": 0, "documents": 0, "seconds": 0.0}  # of the whole run, on all ranks
+        self.learning_rate = self.grad_norm = 0.0
+        self._resumed: dict[str, Any] = {}
+
+    def setup(self, stage: str) -> None:
+        """Refuse what would be wrong silently."""
+        if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
+            raise ValueError(f"trainer.precision {self.trainer.precision}: states overflow float16 and its loss scale would "
+                             "reach only a part of the gradient: choose bf16-mixed or 32-true")  # fmt: skip
+        need = self.trainer.datamodule.tokenizer.vocab_size  # type: ignore[attr-defined]
+        if self.model.config.vocab_size < need:
+            raise ValueError(f"data.tokenizer has {need} ids, the model's vocab_size is {self.model.config.vocab_size}")
+
+    def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
+        """What the layout of sequences is computed from stays on the CPU, where it is read."""
+        tokens, targets, position = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.position))
+        return batch._replace(tokens=tokens, targets=targets, position=position)
+
+    def training_step(self, window: Window, index: int) -> Tensor:
+        """Returns: the loss, scaled so that what the trainer and the ranks divide it by cancels out."""
+        loss, metrics, self.lanes = window_loss(
+            self.model, window, self.lanes, self.horizon, window.normaliser, l2_penalty=self.l2_penalty
+        )
+        _refuse_non_finite(loss, metrics, window, index)
+        seen = torch.stack([(window.ids >= 0).sum(), window.start.sum()]).double()
+        for name, x in {**metrics, "seen": seen.to(self.device)}.items():
+            if name != "segment_loss":
+                self.step_sums[name] = self.step_sums[name] + x if name in self.step_sums else x
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Note the rate of this step, and the norm of its gradient before clipping."""
+        self.learning_rate = next(g["lr"] for g in optimizer.param_groups if g.get("name") != "double")
+        self.grad_norm = total_norm(self.model)
+
+    def take_step_sums(self, seconds: float) -> dict[str, Tensor]:
+        """Sums over the optimizer step just made and over all ranks; counts them into the run."""
+        sums = {name: self.trainer.strategy.reduce(x, reduce_op="sum").cpu() for name, x in self.step_sums.items()}
+        self.step_sums = {}
+        self.counts["tokens"] += int(sums["seen"][0])
+        self.counts["documents"] += int(sums["seen"][1])
+        self.counts["seconds"] += seconds
+        return sums
+
+    def on_validation_epoch_start(self) -> None:
+        """Validation has its own lanes and states."""
+        self.validation_lanes = None
+        self.validation_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, window: Window, index: int) -> None:
+        """Add up the loss of held-out documents."""
+        _, metrics, self.validation_lanes = window_loss(self.model, window, self.validation_lanes)
+        self.validation_sums += torch.stack([metrics["loss_sum"], metrics["tokens"]])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss by token over all held-out documents."""
+        total, tokens = self.trainer.strategy.reduce(self.validation_sums, reduce_op="sum")
+        self.log("validation_loss", (total / tokens.clamp(min=1)).float(), rank_zero_only=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW and its schedule over all the steps of the run."""
+        optimizer = make_optimizer(self.model, self.optimizer)
+        schedule = make_schedule(optimizer, self.optimizer, self.trainer.datamodule.total_steps())  # type: ignore[attr-defined]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the lanes carry, the generators' states and the counts, of all ranks."""
+        lanes = self._gather(pack(self.lanes)) if self.lanes is not None else None
+        device = self.device.type == "cuda"
+        checkpoint["infctx"] = {
+            "lanes": lanes,
+            "rng": self._gather(torch.get_rng_state().unsqueeze(0)),
+            "cuda_rng": self._gather(torch.cuda.get_rng_state(self.device).unsqueeze(0)) if device else None,
+            "counts": dict(self.counts),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep it until the run starts, when nothing draws random numbers any more."""
+        self._resumed = checkpoint["infctx"]
+
+    def on_train_start(self) -> None:
+        """Go on with the lanes, generators and counts of the checkpoint."""
+        if not self._resumed:
+            return
+        own, rank = self._resumed, self.trainer.global_rank
+        if own["lanes"] is not None:
+            rows = own["lanes"].chunk(self.trainer.world_size)[rank].to(self.device)
+            self.lanes = unpack(rows, self.model.initial_state(1))
+        torch.set_rng_state(own["rng"][rank % len(own["rng"])])
+        if own["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"][rank % len(own["cuda_rng"])], self.device)
+        self.counts, self._resumed = dict(own["counts"]), {}
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return rows.cpu()
+        return self.all_gather(rows.to(self.device)).flatten(0, 1).cpu()  # type: ignore[union-attr]
+
+
+def _refuse_non_finite(loss: Tensor, metrics: dict[str, Tensor], window: Window, index: int) -> None:
+    if torch.isfinite(loss):
+        return
+    bad = (~torch.isfinite(metrics["segment_loss"])).nonzero().flatten().tolist()
+    segment = bad[0] if bad else 0
+    documents = sorted(set(window.ids[:, segment].flatten().tolist()) - {-1})
+    raise FloatingPointError(f"the loss is {loss.item()} in window {index}, segment {segment}, documents {documents[:5]}: "
+                             "no update was made from it; lower model.optimizer.lr or look at these documents")  # fmt: skip
