@@ -43,7 +43,9 @@ def load_model(
             model = RWKV(config, kernel)
         own = {name: p for name, p in model.named_parameters() if not p.requires_grad and name not in weights}
         spare = {name: torch.zeros(p.shape, dtype=weights["emb.weight"].dtype) for name, p in own.items()}
-        model.load_state_dict({name: x.to(device, dtype, copy=True) for name, x in (weights | spare).items()}, assign=True)
+        model.load_state_dict(
+            {name: x.to(device, dtype, copy=True) for name, x in (weights | spare).items()}, assign=True
+        )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: {_first_lines(error)}") from None
     return model
@@ -79,24 +81,29 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
+        weights = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: not a plain file of tensors (it is damaged, or would run code)") from None
-    except (RuntimeError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
+    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
         raise ValueError(f"{path}: not a readable weight file: {_first_lines(error)}") from None
     if not isinstance(weights, Mapping) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: expected tensors by name, found other things: is this a checkpoint of a trainer?")
     return dict(weights)
 
 
-def save_checkpoint(folder: str | Path, weights: dict[str, Tensor], training: dict[str, Any], facts: dict[str, Any]) -> None:
+def save_checkpoint(
+    folder: str | Path, weights: dict[str, Tensor], training: dict[str, Any], facts: dict[str, Any]
+) -> None:
     """Write a training checkpoint, replacing `folder` only when all of it is on disk. Args: facts: for the manifest."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     save_file({name: x.detach().cpu().contiguous() for name, x in weights.items()}, part / WEIGHTS)
     torch.save(training, part / TRAINING)
-    files = {name: {"bytes": (part / name).stat().st_size, "sha256": _hash(part / name)} for name in (WEIGHTS, TRAINING)}
+    files = {
+        name: {"bytes": (part / name).stat().st_size, "sha256": _hash(part / name)} for name in (WEIGHTS, TRAINING)
+    }
     (part / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1))
     for name in (*files, MANIFEST):
         _sync(part / name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
+import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,7 +22,7 @@ from infctx.generate import sample
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
 from infctx.tokenizer import load_tokenizer
-from infctx.training import InfctxModule
+from infctx.training import InfctxModule, refuse_float16
 
 
 class UserError(ValueError):
@@ -39,7 +40,9 @@ class Parser(LightningArgumentParser):
 class Trainer(pl.Trainer):
     """Lightning's, with the verbs that read a recipe but train nothing."""
 
-    def prepare(self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None) -> None:
+    def prepare(
+        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None
+    ) -> None:
         """Tokenise the documents of a recipe into data.path, unless that is done."""
 
 
@@ -48,10 +51,11 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write config.yaml; Lightning calls it on the first rank."""
-        callback = next(x for x in trainer.callbacks if isinstance(x, Metrics))  # type: ignore[attr-defined]
-        path = callback.file.parent / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        if stage != "fit":
+            return
+        checkpoint = next(x for x in trainer.callbacks if isinstance(x, Checkpoint))  # type: ignore[attr-defined]
+        checkpoint.run.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, checkpoint.run / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class CLI(LightningCLI):
@@ -60,7 +64,15 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verbs, and which arguments of the trainer's methods are no options."""
-        loaders = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"}
+        loaders = {
+            "model",
+            "dataloaders",
+            "train_dataloaders",
+            "val_dataloaders",
+            "datamodule",
+            "ckpt_path",
+            "weights_only",
+        }
         return {"fit": loaders, "validate": loaders | {"verbose"}, "prepare": loaders}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -81,6 +93,7 @@ class CLI(LightningCLI):
         if self.subcommand == "prepare":
             _prepare(config.data)
             raise SystemExit(0)
+        refuse_float16(config.trainer.precision)  # here, since Lightning itself would take another one on a CPU
         if self.subcommand == "fit":
             self.run_folder, self.resume = _decide(config)
             print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
@@ -143,6 +156,22 @@ def _decide(config: Namespace) -> tuple[Path, Path | None]:
     return folder, resume
 
 
+def _check_recipes(argv: list[str]) -> None:
+    """Name the file and the line that is no YAML, which the parser of options does not."""
+    flags = [i for i, x in enumerate(argv[:-1]) if x in ("-c", "--config")]
+    for file in [argv[i + 1] for i in flags] + [x.split("=", 1)[1] for x in argv if x.startswith("--config=")]:
+        try:
+            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise UserError(f"{file}{place}: no plain YAML: {getattr(error, 'problem', error)}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{file}: not UTF-8") from None
+        if not isinstance(recipe, dict):
+            raise UserError(f"{file}: a recipe is keys and values, found {type(recipe).__name__}")
+
+
 def _prepare(config: Namespace) -> None:
     options = config.as_dict()
     for key in ("source", "validation"):
@@ -164,7 +193,7 @@ def export(run: str, out: str, what: Literal["model"] = "model") -> None:
 
 
 def generate(
-    model: str, prompt: str, max_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
+    model: str, prompt: str = "", max_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
     tokenizer: str = "bytes",
 ) -> None:  # fmt: skip
     """Print a text and what the model makes follow it.
@@ -213,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         elif argv[0] in COMMANDS:
             auto_cli(COMMANDS[argv[0]], args=argv[1:], parser_class=Parser, prog=f"infctx {argv[0]}")
         elif argv[0] in CLI.subcommands():
+            _check_recipes(argv)
             defaults = {"num_sanity_val_steps": 0, "use_distributed_sampler": False, "reload_dataloaders_every_n_epochs": 1,
                         "max_epochs": 1, "gradient_clip_val": 1.0, "enable_model_summary": False}  # fmt: skip
             CLI(InfctxModule, DocumentData, trainer_class=Trainer, parser_class=Parser, args=argv, trainer_defaults=defaults,
@@ -246,5 +276,5 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx", "datasets", "fsspec", "torch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (".*does not have many workers.*", ".*args parameter is intended.*", ".*smaller than the logging.*",
-                    ".*TensorBoard.*", ".*GPU available but not used.*", ".*is not a known.*"):  # fmt: skip
+                    ".*across ranks is zero.*", ".*treespec.*", ".*GPU available but not used.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)

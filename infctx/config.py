@@ -9,14 +9,21 @@ class Architecture(NamedTuple):
     """One row per architecture: what its tensors tell, and what a new model of it gets where nothing is said."""
 
     marker: str  # a tensor that every layer of this architecture has, and no other does; (H, N)
-    ranks: dict[str, tuple[str, float]]  # rank -> (tensor whose second axis it is, c of max(32, c sqrt(C) to the next 32))
+    ranks: dict[
+        str, tuple[str, float]
+    ]  # rank -> (tensor whose second axis it is, c of max(32, c sqrt(C) to the next 32))
 
 
 ARCHITECTURES = {
     "rwkv7": Architecture("att.r_k", {"w": ("att.w1", 2.5), "a": ("att.a1", 2.5), "v": ("att.v1", 1.7), "g": ("att.g1", 5.0)}),
 }  # fmt: skip
 # Told apart only to say so: markers of architectures that are not read yet, the most special first.
-FOREIGN = {"time_maa_v_cache": "GoldFinch", "att.time_maa_x": "RWKV-6", "att.ln_x.weight": "RWKV-5", "att.time_decay": "RWKV-4"}
+FOREIGN = {
+    "time_maa_v_cache": "GoldFinch",
+    "att.time_maa_x": "RWKV-6",
+    "att.ln_x.weight": "RWKV-5",
+    "att.time_decay": "RWKV-4",
+}
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """The data section of a recipe: prepared documents, split, planned, loaded."""
 
+import math
 from functools import lru_cache
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 
 from infctx.documents import ArrowDocuments, Source, prepare
-from infctx.segments import Plan, WindowLoader
+from infctx.segments import Plan, Window, WindowLoader
 from infctx.tokenizer import load_tokenizer
 
 
@@ -62,7 +64,9 @@ class DocumentData(pl.LightningDataModule):
             count = self.validation if isinstance(self.validation, int) else round(self.validation * len(documents))
             count = max(1, int(count))
             if count >= len(documents):
-                raise ValueError(f"data.validation takes {count} of {len(documents)} documents and leaves none to learn from")
+                raise ValueError(
+                    f"data.validation takes {count} of {len(documents)} documents and leaves none to learn from"
+                )
             order = np.random.default_rng(0).permutation(len(documents))
             self.train = documents.subset(np.sort(order[count:]))
             self.held_out = documents.subset(np.sort(order[:count]))
@@ -90,6 +94,13 @@ class DocumentData(pl.LightningDataModule):
         plan = Plan(held_out.inputs, self.lanes, self.segment_length, self.segments_per_window, 0, 0)
         return WindowLoader(held_out, lambda _: plan, self._own(), 1, 0, {})
 
+    def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
+        """What the layout of sequences is computed from stays on the CPU, where it is read."""
+        tokens, targets, position = (
+            x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.position)
+        )
+        return batch._replace(tokens=tokens, targets=targets, position=position)
+
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
         windows, limit = len(self.plan(epoch)), self.trainer.limit_train_batches
@@ -111,7 +122,7 @@ class DocumentData(pl.LightningDataModule):
     def total_tokens(self) -> tuple[int, int]:
         """Tokens and documents that the run will have read at its end, on all ranks."""
         epochs = self.total_steps() / max(1, self.steps_in(0))
-        return round(epochs * int(self.train.inputs.sum())), round(epochs * len(self.train))
+        return round(epochs * int(self.train.inputs.sum())), math.ceil(epochs * len(self.train))
 
     def describe(self, horizon: int | None) -> str:
         """What an epoch is made of, in a few lines for the log."""

@@ -30,7 +30,9 @@ class Metrics(Callback):
         self._step, self._clock = 0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Forget the lines of steps that a resumed run will make again."""
+        """Say what is ahead; forget the lines of steps that a resumed run will make again."""
+        if trainer.is_global_zero:
+            print(trainer.datamodule.describe(pl_module.horizon), flush=True)  # type: ignore[attr-defined]
         self._step, self._clock = trainer.global_step, time.perf_counter()
         for file in (self.file, self.validation_file):
             if trainer.is_global_zero and file.exists():
@@ -94,14 +96,15 @@ class Checkpoint(CheckpointBase):
         """Ranks that were started by themselves looked into the folder by themselves: they must have seen the same."""
         first = trainer.strategy.broadcast(str(self.resume))
         if first != str(self.resume):
-            raise ValueError(f"rank {trainer.global_rank} would go on from {self.resume}, rank 0 from {first}: give --resume PATH")
+            raise ValueError(
+                f"rank {trainer.global_rank} would go on from {self.resume}, rank 0 from {first}: give --resume PATH"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """What is there already need not be saved again; the run has not ended any more."""
         self._saved = trainer.global_step
         if self.run and trainer.is_global_zero:
             (self.run / END).unlink(missing_ok=True)
-            print(trainer.datamodule.describe(pl_module.horizon))  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Save at every n-th step; a step of several windows ends with the last of them."""

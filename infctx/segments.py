@@ -75,7 +75,9 @@ def sequences(window: Window, segment: int) -> Sequences:
     last = (n + torch.arange(lanes)).scatter_reduce(0, lane[begin], torch.arange(n), "amax", include_self=False)
     device = window.tokens.device
     where = index.to(device)
-    flat = [None if x is None else x[:, segment].flatten()[where] for x in (window.tokens, window.targets, window.position)]
+    flat = [
+        None if x is None else x[:, segment].flatten()[where] for x in (window.tokens, window.targets, window.position)
+    ]
     few = (x.to(device) for x in (cu_seqlens, lane[begin], start[index[begin]], last))
     return Sequences(flat[0].unsqueeze(0), flat[1], flat[2], *few)
 
@@ -105,7 +107,13 @@ class Plan:
     """
 
     def __init__(
-        self, inputs: np.ndarray, lanes: int, segment_length: int, segments_per_window: int | None, seed: int, epoch: int
+        self,
+        inputs: np.ndarray,
+        lanes: int,
+        segment_length: int,
+        segments_per_window: int | None,
+        seed: int,
+        epoch: int,
     ) -> None:
         self.inputs, self.segment_length = inputs, segment_length
         random = np.random.default_rng([seed, epoch])
@@ -220,13 +228,15 @@ class WindowLoader:
     ) -> None:  # fmt: skip
         self.documents, self.plan_of, self.lanes, self.accumulate = documents, plan, lanes, accumulate
         self.epoch, self.position, self.identity = epoch, 0, identity
+        self._first = 0
         self.plan = plan(epoch)
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __iter__(self) -> Iterator[Window]:
-        for i in range(self.position, len(self)):
+        first, self._first = self._first, 0  # a restored position holds for one pass; the next one is whole
+        for i in range(first, len(self)):
             self.position = i + 1
             yield self.window(i)
 
@@ -240,7 +250,7 @@ class WindowLoader:
             if state.get(key) != value:
                 raise ValueError(f"data.{key} was {state.get(key)} in the checkpoint and is {value} now: "
                                  "the run cannot go on with the same documents in the same order")  # fmt: skip
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self._first = state["epoch"], state["position"], state["position"]
         self.plan = self.plan_of(self.epoch)
 
     def window(self, i: int) -> Window:

@@ -1,6 +1,6 @@
 """The model section of a recipe, as Lightning sees it: one window in, one loss out, one backward."""
 
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -61,17 +61,10 @@ class InfctxModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what would be wrong silently."""
-        if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
-            raise ValueError(f"trainer.precision {self.trainer.precision}: states overflow float16 and its loss scale would "
-                             "reach only a part of the gradient: choose bf16-mixed or 32-true")  # fmt: skip
+        refuse_float16(self.trainer.precision)
         need = self.trainer.datamodule.tokenizer.vocab_size  # type: ignore[attr-defined]
         if self.model.config.vocab_size < need:
             raise ValueError(f"data.tokenizer has {need} ids, the model's vocab_size is {self.model.config.vocab_size}")
-
-    def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
-        """What the layout of sequences is computed from stays on the CPU, where it is read."""
-        tokens, targets, position = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.position))
-        return batch._replace(tokens=tokens, targets=targets, position=position)
 
     def training_step(self, window: Window, index: int) -> Tensor:
         """Returns: the loss, scaled so that what the trainer and the ranks divide it by cancels out."""
@@ -152,6 +145,12 @@ class InfctxModule(pl.LightningModule):
         if self.trainer.world_size == 1:
             return rows.cpu()
         return self.all_gather(rows.to(self.device)).flatten(0, 1).cpu()  # type: ignore[union-attr]
+
+
+def refuse_float16(precision: object) -> None:
+    """Its loss scale would reach only a part of the gradient, and states overflow it. Raises: ValueError."""
+    if "16" in str(precision) and "bf16" not in str(precision):
+        raise ValueError(f"trainer.precision {precision}: float16 is not supported: choose bf16-mixed or 32-true")
 
 
 def _refuse_non_finite(loss: Tensor, metrics: dict[str, Tensor], window: Window, index: int) -> None:

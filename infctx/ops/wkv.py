@@ -115,7 +115,9 @@ def _check(inputs: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor | None)
         raise ValueError(f"r, w, k, v, a, b must all be (B, T, H, N), got {[tuple(x.shape) for x in inputs]}")
     n = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if state.shape != (n, shape[2], shape[3], shape[3]):
-        raise ValueError(f"state must be (sequences, H, N, N) = {(n, shape[2], shape[3], shape[3])}, got {tuple(state.shape)}")
+        raise ValueError(
+            f"state must be (sequences, H, N, N) = {(n, shape[2], shape[3], shape[3])}, got {tuple(state.shape)}"
+        )
     wanted = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
     if state.dtype != wanted:
         raise ValueError(f"state must be {wanted} for {inputs[0].dtype} inputs, got {state.dtype}")

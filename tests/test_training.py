@@ -1,0 +1,241 @@
+"""Fit as a user runs it: figures, gradients under accumulation, validation, and resuming at every step."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import RECIPE, make_project, run
+
+import infctx
+from infctx.bptt import window_loss
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_project(tmp_path / "project"))
+    return tmp_path / "project"
+
+
+def lines(project, name):
+    return [json.loads(x) for x in (project / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def final(project, name):
+    folders = (project / "runs" / name / "checkpoints").glob("step-*")
+    last = max(folders, key=lambda x: int(x.name[5:]))
+    return load_file(last / "model.safetensors"), last.name
+
+
+def timeless(rows):
+    return [
+        {k: v for k, v in x.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")} for x in rows
+    ]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_and_what_it_leaves(project, monkeypatch, capsys):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a")
+    out = capsys.readouterr().out
+    rows = lines(project, "a")
+    assert [x["step"] for x in rows] == list(range(1, len(rows) + 1))
+    assert rows[-1]["tokens"] == 2 * 583 and rows[-1]["documents"] == 2 * 6
+    assert rows[-1]["loss"] < rows[0]["loss"] and 5 < rows[0]["loss"] < 6.5  # ln 257 = 5.55
+    assert set(rows[0]) >= {
+        "step", "tokens", "documents", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "seconds",
+    }  # fmt: skip
+    assert rows[0]["lr"] == pytest.approx(5e-3) and rows[1]["lr"] == pytest.approx(1e-2)
+    folder = project / "runs" / "a"
+    assert {x.name for x in folder.iterdir()} >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "report.html",
+        "tensorboard",
+    }
+    assert "6 documents, 583 tokens" in out and re.search(r"padding \d+\.\d+%", out) and "digest" in out
+    run(monkeypatch, "fit", "-c", "runs/a/config.yaml", "--name", "b")
+    assert timeless(lines(project, "b")) == timeless(rows)
+    assert same(final(project, "a")[0], final(project, "b")[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--trainer.accumulate_grad_batches", "2"],
+        ["--data.segments_per_window", "document", "--data.batch_size", "1"],
+        ["--trainer.precision", "bf16-mixed", "--model.horizon", "2"],
+    ],
+    ids=["plain", "accumulate", "document", "bf16"],
+)
+def test_resumed_at_every_checkpoint_equals_never_stopped(project, monkeypatch, options):
+    """Law 10: in the middle of a document, of an epoch, at its end."""
+    command = ["fit", "-c", "recipe.yaml", "--checkpoint.every_n_steps", "1", *options]
+    run(monkeypatch, *command, "--name", "whole")
+    weights, last = final(project, "whole")
+    rows = timeless(lines(project, "whole"))
+    steps = len(rows)
+    assert last == f"step-{steps}" and steps >= 6
+    for stop in range(1, steps):
+        name = f"from-{stop}"
+        run(monkeypatch, *command, "--name", name, "--resume", f"runs/whole/checkpoints/step-{stop}")
+        assert timeless(lines(project, name)) == rows[stop:], name
+        assert same(final(project, name)[0], weights), name
+
+
+def test_resume_twice_by_name(project, monkeypatch, capsys):
+    """A run that was cut off goes on; one that has ended is left alone; one with a later end goes on again."""
+    command = ["fit", "-c", "recipe.yaml", "--checkpoint.every_n_steps", "1"]
+    run(monkeypatch, *command, "--name", "whole")
+    rows = timeless(lines(project, "whole"))
+    count = {"left": 0}
+    original = window_loss
+
+    def dying(*args, **options):
+        count["left"] -= 1
+        if count["left"] < 0:
+            raise FloatingPointError("cut off")
+        return original(*args, **options)
+
+    monkeypatch.setattr("infctx.training.window_loss", dying)
+    for left in (2, 3, 100):
+        count["left"] = left
+        try:
+            run(monkeypatch, *command, "--name", "cut", "--resume", "auto")
+        except SystemExit:
+            assert left < 100
+    assert timeless(lines(project, "cut")) == rows
+    assert same(final(project, "cut")[0], final(project, "whole")[0])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, *command, "--name", "cut", "--resume", "auto")
+    assert not end.value.code and "has ended" in capsys.readouterr().out
+    run(monkeypatch, *command, "--name", "cut", "--resume", "auto", "--trainer.max_epochs", "3")
+    assert lines(project, "cut")[-1]["tokens"] == 3 * 583
+
+
+def test_update_does_not_depend_on_the_layout(project, monkeypatch):
+    """Law 7 end to end: one step over all documents, as lanes or as accumulated windows, with a short last group."""
+    results = []
+    for lanes, windows in ((6, 1), (1, 100), (2, 100)):
+        name = f"{lanes}x{windows}"
+        run(
+            monkeypatch, "fit", "-c", "recipe.yaml", "--name", name, "--trainer.max_epochs", "1", "--data.batch_size", str(lanes),
+            "--data.segments_per_window", "document", "--trainer.accumulate_grad_batches", str(windows),
+            "--model.l2_penalty", "1e-2",
+        )  # fmt: skip
+        (row,) = lines(project, name)
+        results.append((row["loss"], row["grad_norm"]))
+    for loss, norm in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5) and norm == pytest.approx(results[0][1], rel=1e-4)
+
+
+def printed_loss(capsys):
+    return float(re.search(r"validation_loss: (\S+)", capsys.readouterr().out)[1])
+
+
+def test_validation(project, monkeypatch, capsys):
+    options = ["--data.validation", "2", "--trainer.val_check_interval", "1"]
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "v", *options)
+    path = project / "runs" / "v" / "validation.jsonl"
+    losses = [json.loads(x) for x in path.read_text().splitlines()]
+    assert len(losses) == len(lines(project, "v")) and losses[-1]["loss"] < losses[0]["loss"]
+    capsys.readouterr()
+    run(monkeypatch, "validate", "-c", "recipe.yaml", *options[:2], "--model.load", "runs/v")
+    assert printed_loss(capsys) == pytest.approx(losses[-1]["loss"], rel=1e-5)
+    share = ["--data.validation", "0.4"]
+    run(monkeypatch, "validate", "-c", "recipe.yaml", *share, "--model.load", "runs/v")
+    assert printed_loss(capsys) == pytest.approx(losses[-1]["loss"], rel=1e-5)  # the same two of six
+
+
+def test_validation_loss_is_that_of_the_documents(project, monkeypatch, capsys):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "v")
+    (project / "held").mkdir()
+    texts = ["what was read", "the state carries on and on"]
+    for i, text in enumerate(texts):
+        (project / "held" / f"{i}.txt").write_text(text)
+    capsys.readouterr()
+    source = '{"path": "held/*.txt", "format": "text"}'
+    run(monkeypatch, "validate", "-c", "recipe.yaml", "--data.validation", source, "--model.load", "runs/v")
+    printed = printed_loss(capsys)
+    model, total, count = infctx.load_model("runs/v"), 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[b + 1 for b in text.encode()] + [0]])
+        logits, _ = model(ids[:, :-1])
+        total += float(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
+        count += ids.shape[1] - 1
+    assert printed == pytest.approx(total / count, rel=1e-5)
+
+
+def test_continued_from_weights(project, monkeypatch):
+    """A later flag wins: load over the recipe's init."""
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a")
+    run(monkeypatch, "export", "runs/a", "out/a.pth")
+    assert same(infctx.load_model("out/a.pth").state_dict(), final(project, "a")[0])  # law 11
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "b", "--model.load", "out/a.pth")
+    assert lines(project, "b")[0]["loss"] < lines(project, "a")[-1]["loss"] + 0.2
+
+
+def test_generate_after_training(project, monkeypatch, capsys):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a")
+    capsys.readouterr()
+    texts = []
+    for seed in ("1", "1", "2"):
+        run(
+            monkeypatch,
+            "generate",
+            "runs/a",
+            "--prompt",
+            "the state",
+            "--max_tokens",
+            "20",
+            "--top_p",
+            "0.9",
+            "--seed",
+            seed,
+        )
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("the state")
+
+
+def test_non_finite_loss_names_the_documents(project, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--model.optimizer.lr", "1e30")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "the loss is nan in window" in error and "documents [" in error
+
+
+def test_a_name_is_not_used_twice(project, monkeypatch, capsys):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--trainer.max_epochs", "1")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a")
+    assert "runs/a holds a run already: give another --name, or --resume auto" in capsys.readouterr().err
+
+
+def test_other_data_is_refused_on_resume(project, monkeypatch, capsys):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--trainer.max_steps", "2")
+    for change, key in ((["--data.segment_length", "8"], "segment_length"), (["--data.batch_size", "1"], "lanes")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--resume", "auto", *change)
+        assert f"data.{key} was" in capsys.readouterr().err
+    (project / "texts" / "0.txt").write_text("other words")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--resume", "auto")
+    assert "data.digest was" in capsys.readouterr().err
+
+
+def test_checkpoints_are_pruned(project, monkeypatch):
+    options = ["--checkpoint.every_n_steps", "1", "--checkpoint.keep", "2"]
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", *options)
+    steps = len(lines(project, "a"))
+    names = {x.name for x in (project / "runs" / "a" / "checkpoints").iterdir()}
+    assert names == {f"step-{steps}", f"step-{steps - 1}"}
+
+
+def test_recipe_of_the_tests_has_the_stable_keys():
+    assert all(key in RECIPE for key in ("model:", "data:", "checkpoint:", "seed_everything:", "trainer:"))
