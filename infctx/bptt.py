@@ -23,7 +23,7 @@ POSITION_BUCKETS = 40  # bucket i holds positions 2^i - 1 to 2^(i+1) - 2 of a do
 
 
 def window_loss(
-    model: nn.Module,
+    model: Any,
     window: Window,
     state: State | None,
     horizon: int | None = None,
@@ -42,9 +42,9 @@ def window_loss(
         normaliser: what the summed loss is divided by; None: the window's own number of supervised tokens.
         l2_penalty: see `loss.token_losses`.
     Returns:
-        the loss, a scalar (exactly 0 with no supervised token); metrics, detached: `loss_sum` and `tokens` (supervised),
-        `segment_loss` (S,) summed losses, `position_loss` and `position_tokens` by power-of-two bucket of the position;
-        and the state after the window, detached.
+        the loss, a scalar (exactly 0 with no supervised token); metrics, detached: `loss_sum` and `tokens`
+        (supervised), `segment_loss` (S,) summed losses, `position_loss` and `position_tokens` by power-of-two bucket of
+        the position; and the state after the window, detached.
     Raises: ValueError if horizon is less than 1.
     """
     if horizon is not None and horizon < 1:
@@ -184,7 +184,7 @@ class _Gradient:
                 if segment != group[-1]:
                     with _seeded(self.seed + segment, lanes.device):
                         _, _, lanes = self.task.advance(segment, lanes, self.fresh)
-        torch.clear_autocast_cache()  # its casts were made without a graph: pass 2 would silently learn nothing from them
+        torch.clear_autocast_cache()  # casts made without a graph: pass 2 would silently learn nothing from them
 
     @torch.enable_grad()
     def _segment(self, segment: int, before: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,7 +203,7 @@ class _Gradient:
 
     def _add(self, grads: list[Tensor]) -> None:
         if self.sums is None:
-            # Copied, since two inputs may be given one tensor; widened, since hundreds of bfloat16 terms would stand still.
+            # Copied: two inputs may be given one tensor. Widened: a sum of hundreds of bfloat16 terms stands still.
             self.sums = [x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in grads]
         else:
             torch._foreach_add_(self.sums, [x.to(y.dtype) for x, y in zip(grads, self.sums, strict=True)])

@@ -1,7 +1,7 @@
 """Weights and training state to and from disk: whole or not at all, and never code from a file.
 
-A training checkpoint is a folder: model.safetensors (published names), training.pt (all else) and manifest.json with the
-size and hash of both, written last and renamed into place at once.
+A training checkpoint is a folder: model.safetensors (published names), training.pt (all else) and manifest.json with
+the size and hash of both, written last; it is renamed into place at once.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         writers[path.suffix](weights, Path(part))
         Path(part).chmod(0o644)
         _sync(Path(part))
-        os.replace(part, path)
+        Path(part).replace(path)
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
@@ -148,7 +148,7 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 
 def newest(run: str | Path) -> Path:
-    """The newest sound checkpoint of a run; says which ones it passed over. Raises: FileNotFoundError if there is none."""
+    """The newest sound checkpoint of a run; says which it passed over. Raises: FileNotFoundError if there is none."""
     for folder in reversed(checkpoints(run)):
         try:
             verify(folder)

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from infctx.checkpoint import checkpoints, load_model, newest, save_model, verify
 from infctx.data import DocumentData
@@ -23,6 +23,17 @@ from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
 from infctx.tokenizer import load_tokenizer
 from infctx.training import InfctxModule, refuse_float16
+
+
+# The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
+TRAINER = {
+    "use_distributed_sampler": False,
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "enable_model_summary": False,
+}
 
 
 class UserError(ValueError):
@@ -54,8 +65,10 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit":
             return
         checkpoint = next(x for x in trainer.callbacks if isinstance(x, Checkpoint))  # type: ignore[attr-defined]
-        checkpoint.run.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, checkpoint.run / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+        checkpoint.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, checkpoint.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
+        )
 
 
 class CLI(LightningCLI):
@@ -105,7 +118,7 @@ class CLI(LightningCLI):
             given = self._get(self.config_init, "trainer")
             metrics = Metrics(self.run_folder)
             checkpoint = self._get(self.config_init, "checkpoint")
-            checkpoint.run, checkpoint.resume = self.run_folder, self.resume
+            checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
             bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
             own["callbacks"] = [*(given["callbacks"] or []), metrics, *bar]
             if given["logger"] in (None, True):
@@ -143,7 +156,7 @@ def _decide(config: Namespace) -> tuple[Path, Path | None]:
         recipe = Path(str(config.config[-1])).stem if config.config else "run"
         name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(name) if "/" in name else Path("runs", name)
-    if rank_zero_only.rank != 0:
+    if getattr(rank_zero_only, "rank", 0) != 0:
         return folder, resume
     if resume == "auto":
         resume = newest(folder) if checkpoints(folder) else None
@@ -243,11 +256,11 @@ def main(argv: list[str] | None = None) -> None:
             auto_cli(COMMANDS[argv[0]], args=argv[1:], parser_class=Parser, prog=f"infctx {argv[0]}")
         elif argv[0] in CLI.subcommands():
             _check_recipes(argv)
-            defaults = {"num_sanity_val_steps": 0, "use_distributed_sampler": False, "reload_dataloaders_every_n_epochs": 1,
-                        "max_epochs": 1, "gradient_clip_val": 1.0, "enable_model_summary": False}  # fmt: skip
-            CLI(InfctxModule, DocumentData, trainer_class=Trainer, parser_class=Parser, args=argv, trainer_defaults=defaults,
+            CLI(
+                InfctxModule, DocumentData, trainer_class=Trainer, parser_class=Parser, args=argv,
+                trainer_defaults=TRAINER, seed_everything_default=0,
                 save_config_callback=SaveConfig, save_config_kwargs={"save_to_log_dir": False},
-                seed_everything_default=0)  # fmt: skip
+            )  # fmt: skip
         else:
             raise UserError(f"there is no command {argv[0]!r}\n{_overview()}")
     except (ValueError, OSError, FloatingPointError) as error:

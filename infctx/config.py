@@ -9,14 +9,14 @@ class Architecture(NamedTuple):
     """One row per architecture: what its tensors tell, and what a new model of it gets where nothing is said."""
 
     marker: str  # a tensor that every layer of this architecture has, and no other does; (H, N)
-    ranks: dict[
-        str, tuple[str, float]
-    ]  # rank -> (tensor whose second axis it is, c of max(32, c sqrt(C) to the next 32))
+    ranks: dict[str, tuple[str, float]]  # rank -> a tensor whose second axis it is, and c of the official rule
 
 
 ARCHITECTURES = {
-    "rwkv7": Architecture("att.r_k", {"w": ("att.w1", 2.5), "a": ("att.a1", 2.5), "v": ("att.v1", 1.7), "g": ("att.g1", 5.0)}),
-}  # fmt: skip
+    "rwkv7": Architecture(
+        "att.r_k", {"w": ("att.w1", 2.5), "a": ("att.a1", 2.5), "v": ("att.v1", 1.7), "g": ("att.g1", 5.0)}
+    ),
+}
 # Told apart only to say so: markers of architectures that are not read yet, the most special first.
 FOREIGN = {
     "time_maa_v_cache": "GoldFinch",
@@ -81,9 +81,10 @@ class ModelConfig:
             vocab_size, n_embd = shapes["emb.weight"]
             dim_ffn = shapes["blocks.0.ffn.key.weight"][0]
             # Layer 0 may lack what it never uses, so ranks come from the last layer that has them.
-            ranks = {}
+            ranks: dict[str, int] = {}
             for rank, (name, _) in row.ranks.items():
-                ranks |= {rank: shape[1] for i in layers if (shape := shapes.get(f"blocks.{i}.{name}"))}
+                found = [shape for i in sorted(layers) if (shape := shapes.get(f"blocks.{i}.{name}"))]
+                ranks |= {rank: found[-1][1]} if found else {}
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"not a whole {arch} model: tensor {error} is missing or misshapen") from None
         return cls(arch, len(layers), n_embd, vocab_size, head_size, dim_ffn, ranks)

@@ -26,6 +26,8 @@ class DocumentData(pl.LightningDataModule):
         validation: a share of the documents, a count of them, a source of its own, or null.
     """
 
+    trainer: pl.Trainer
+
     def __init__(
         self,
         source: Source,
@@ -65,7 +67,7 @@ class DocumentData(pl.LightningDataModule):
             count = max(1, int(count))
             if count >= len(documents):
                 raise ValueError(
-                    f"data.validation takes {count} of {len(documents)} documents and leaves none to learn from"
+                    f"data.validation takes {count} of {len(documents)} documents: none is left to learn from"
                 )
             order = np.random.default_rng(0).permutation(len(documents))
             self.train = documents.subset(np.sort(order[count:]))
@@ -96,10 +98,8 @@ class DocumentData(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
         """What the layout of sequences is computed from stays on the CPU, where it is read."""
-        tokens, targets, position = (
-            x.to(device, non_blocking=True) for x in (batch.tokens, batch.targets, batch.position)
-        )
-        return batch._replace(tokens=tokens, targets=targets, position=position)
+        moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("tokens", "targets", "position")}
+        return batch._replace(**moved)
 
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
@@ -129,11 +129,12 @@ class DocumentData(pl.LightningDataModule):
         plan, d = self.plan(0), self.train
         tokens, windows, steps = int(d.inputs.sum()), len(plan), self.steps_in(0)
         return (
-            f"data: {len(d):,} documents, {tokens:,} tokens ({int(d.supervised.sum()):,} supervised), longest "
-            f"{int(d.inputs.max()):,}; left out, without a target: {d.left_out:,}; held out: {len(self.held_out or ()):,}\n"
+            f"data: {len(d):,} documents, {tokens:,} tokens ({int(d.supervised.sum()):,} supervised), "
+            f"longest {int(d.inputs.max()):,}; left out, without a target: {d.left_out:,}; "
+            f"held out: {len(self.held_out or ()):,}\n"
             f"plan: {self.lanes} lanes, {windows:,} windows and {steps:,} optimizer steps an epoch, "
             f"{tokens / steps:,.0f} tokens a step; padding {plan.padding:.2%}; "
-            f"tokens whose gradient is cut before their document begins {plan.cut(horizon):.2%}"
+            f"tokens whose gradient is cut before their document begins: {plan.cut(horizon):.2%}"
         )
 
     def _plan(self, epoch: int) -> Plan:

@@ -46,7 +46,7 @@ class Source:
     def files(self) -> list[Path]:
         """The files, by name. Raises: FileNotFoundError if there is none."""
         folder = Path(self.path).is_dir()
-        found = Path(self.path).rglob("*") if folder else map(Path, glob(self.path, recursive=True))
+        found = Path(self.path).rglob("*") if folder else map(Path, glob(self.path, recursive=True))  # noqa: PTH207 (absolute patterns too)
         files = sorted(file for file in found if file.is_file())
         if not files:
             raise FileNotFoundError(f"data.source.path {self.path!r}: no such file")

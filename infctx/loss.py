@@ -1,6 +1,6 @@
 """Token losses, summed. The projection to the vocabulary and its gradient go tile by tile, in one pass.
 
-M tokens, C channels, V vocabulary. (M, V) never exists whole: a tile of TILE tokens does, and its gradient is taken at once.
+M tokens, C channels, V vocabulary. (M, V) never exists whole: a tile of TILE tokens does, its gradient taken at once.
 """
 
 import torch
@@ -15,7 +15,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, l2_penalty: float =
     """Cross entropy of softmax(x weight^T), summed over the supervised tokens.
 
     Args:
-        x: (M, C) what the head sees; weight: (V, C) the head's; targets: (M,) int64, -100 where nothing is to be learnt.
+        x: (M, C) what the head sees; weight: (V, C) the head's; targets: (M,) int64, -100 where nothing is learnt.
         l2_penalty: adds l2_penalty / 2 * (largest logit)^2 for each supervised token; RWKV-LM's L2Wrap is 1e-4.
     Returns:
         the sum with the penalty, a scalar in float32 (float64 for float64), and (M,) the losses in nats without it,

@@ -9,7 +9,8 @@ from typing import Any
 Lines = list[dict[str, Any]]
 
 STYLE = (
-    ":root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    ":root{color-scheme:light dark}"
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "figure{margin:1.5rem 0;background:#fff;border-radius:8px;padding:.5rem}figure svg{width:100%;height:auto}"
     "table{border-collapse:collapse}td,th{padding:.2rem .8rem;text-align:left;border-bottom:1px solid #8886}"
     "pre{overflow-x:auto;background:#8882;padding:1rem;border-radius:8px}"

@@ -88,7 +88,7 @@ class Checkpoint(CheckpointBase):
             if value < 1:
                 raise ValueError(f"checkpoint.{key} must be at least 1, got {value}")
         self.every_n_steps, self.keep = every_n_steps, keep
-        self.run: Path | None = None
+        self.folder = Path("runs", "unnamed")  # of the run: the command decides it
         self.resume: Path | None = None
         self._saved = 0
 
@@ -103,8 +103,8 @@ class Checkpoint(CheckpointBase):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """What is there already need not be saved again; the run has not ended any more."""
         self._saved = trainer.global_step
-        if self.run and trainer.is_global_zero:
-            (self.run / END).unlink(missing_ok=True)
+        if trainer.is_global_zero:
+            (self.folder / END).unlink(missing_ok=True)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Save at every n-th step; a step of several windows ends with the last of them."""
@@ -115,15 +115,14 @@ class Checkpoint(CheckpointBase):
         """Save the end, and note where it was."""
         if trainer.global_step > self._saved:
             self._save(trainer)
-        if self.run and trainer.is_global_zero:
-            (self.run / END).write_text(json.dumps([trainer.global_step, trainer.max_epochs, trainer.max_steps]))
+        if trainer.is_global_zero:
+            (self.folder / END).write_text(json.dumps([trainer.global_step, trainer.max_epochs, trainer.max_steps]))
 
     def _save(self, trainer: pl.Trainer) -> None:
-        assert self.run is not None
-        trainer.save_checkpoint(self.run / "checkpoints" / f"step-{trainer.global_step}")
+        trainer.save_checkpoint(self.folder / "checkpoints" / f"step-{trainer.global_step}")
         self._saved = trainer.global_step
         if trainer.is_global_zero:
-            for folder in checkpoints(self.run)[: -self.keep]:
+            for folder in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(folder)
 
 

@@ -75,11 +75,10 @@ def sequences(window: Window, segment: int) -> Sequences:
     last = (n + torch.arange(lanes)).scatter_reduce(0, lane[begin], torch.arange(n), "amax", include_self=False)
     device = window.tokens.device
     where = index.to(device)
-    flat = [
-        None if x is None else x[:, segment].flatten()[where] for x in (window.tokens, window.targets, window.position)
-    ]
+    tokens, targets = (x[:, segment].flatten()[where] for x in (window.tokens, window.targets))
+    position = None if window.position is None else window.position[:, segment].flatten()[where]
     few = (x.to(device) for x in (cu_seqlens, lane[begin], start[index[begin]], last))
-    return Sequences(flat[0].unsqueeze(0), flat[1], flat[2], *few)
+    return Sequences(tokens.unsqueeze(0), targets, position, *few)
 
 
 class Piece(NamedTuple):
@@ -268,8 +267,8 @@ class WindowLoader:
             start[here[0], place] = begin == 0
             ids[here], position[here] = document, np.arange(begin, end)
         fold = (len(self.lanes), -1, self.plan.segment_length)
-        rows = (torch.from_numpy(x).view(fold) for x in (tokens, targets, start, ids, position))
-        return Window(*rows, self.normaliser(i))
+        folded = [torch.from_numpy(x).view(fold) for x in (tokens, targets, start, ids, position)]
+        return Window(folded[0], folded[1], folded[2], folded[3], folded[4], self.normaliser(i))
 
     def normaliser(self, i: int) -> int:
         """Supervised tokens of the optimizer step that window i belongs to, over all ranks."""

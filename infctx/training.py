@@ -107,7 +107,7 @@ class InfctxModule(pl.LightningModule):
         total, tokens = self.trainer.strategy.reduce(self.validation_sums, reduce_op="sum")
         self.log("validation_loss", (total / tokens.clamp(min=1)).float(), rank_zero_only=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW and its schedule over all the steps of the run."""
         optimizer = make_optimizer(self.model, self.optimizer)
         schedule = make_schedule(optimizer, self.optimizer, self.trainer.datamodule.total_steps())  # type: ignore[attr-defined]
@@ -159,5 +159,6 @@ def _refuse_non_finite(loss: Tensor, metrics: dict[str, Tensor], window: Window,
     bad = (~torch.isfinite(metrics["segment_loss"])).nonzero().flatten().tolist()
     segment = bad[0] if bad else 0
     documents = sorted(set(window.ids[:, segment].flatten().tolist()) - {-1})
-    raise FloatingPointError(f"the loss is {loss.item()} in window {index}, segment {segment}, documents {documents[:5]}: "
-                             "no update was made from it; lower model.optimizer.lr or look at these documents")  # fmt: skip
+    where = f"window {index}, segment {segment}, documents {documents[:5]}"
+    mend = "no update was made from it; lower model.optimizer.lr or look at these documents"
+    raise FloatingPointError(f"the loss is {loss.item()} in {where}: {mend}")

@@ -137,7 +137,7 @@ def test_share_of_cut_gradients(segments, horizon):
     reach, cut = 16 * (horizon or 10**9), 0
     open_at: dict[int, tuple[int, int]] = {}
     for window in range(len(plan)):
-        for lane, place, document, begin, end in plan.pieces(window):
+        for _, place, document, begin, end in plan.pieces(window):
             if begin == 0:
                 open_at[document] = (window, place // reach)
             for offset in range(end - begin):

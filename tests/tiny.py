@@ -19,7 +19,7 @@ VOCAB = 50
 
 def tiny_model(arch: str = "rwkv7", dtype: torch.dtype = torch.float64, spread: float = 0.3, **sizes: int) -> RWKV:
     """A model whose every parameter matters: the official initial values are full of zeros."""
-    config = dict(n_layer=2, n_embd=32, vocab_size=VOCAB, head_size=16) | sizes
+    config = {"n_layer": 2, "n_embd": 32, "vocab_size": VOCAB, "head_size": 16} | sizes
     model = infctx.init_model(infctx.ModelConfig(arch, **config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def random_state(model: RWKV, n: int, seed: int = 2) -> State:
 def make_window(
     lanes: int, segments: int, length: int, starts: tuple = (), padding: tuple = (), seed: int = 3
 ) -> Window:
-    """Random tokens. starts: (lane, segment, place) of documents' first tokens. padding: (lane, segment, first place)."""
+    """Random tokens. starts: (lane, segment, place) of first tokens; padding: (lane, segment, place it begins)."""
     generator = torch.Generator().manual_seed(seed)
     shape = (lanes, segments, length)
     tokens, targets = (torch.randint(VOCAB, shape, generator=generator) for _ in range(2))

@@ -91,9 +91,9 @@ class RWKV(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        for block in self.blocks:
-            block.att.reset()
-            block.ffn.reset()
+        for name, module in self.named_modules():
+            if name.endswith((".att", ".ffn")):
+                module.reset()  # type: ignore[operator]
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, self.config.vocab_size / self.config.n_embd) ** 0.5)
 

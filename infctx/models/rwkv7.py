@@ -23,6 +23,23 @@ class TimeMix(nn.Module):
     """Time mixing: reads and writes the (V, K) matrix state of each head."""
 
     double_lr = ("w0",)  # the decay base learns at twice the rate
+    x_r: Tensor  # x_*: (1, 1, C) how much of the token before is mixed in
+    x_w: Tensor
+    x_k: Tensor
+    x_v: Tensor
+    x_a: Tensor
+    x_g: Tensor
+    w0: Tensor  # *0: (1, 1, C), *1: (C, rank), *2: (rank, C); w decay
+    w1: Tensor
+    w2: Tensor
+    a0: Tensor  # a in-context learning rate
+    a1: Tensor
+    a2: Tensor
+    v0: Tensor  # v value residual
+    v1: Tensor
+    v2: Tensor
+    g1: Tensor  # g gate
+    g2: Tensor
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -50,10 +67,10 @@ class TimeMix(nn.Module):
         w = SLOWEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(state.wkv.dtype))
         a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
-        if self.layer == 0:
+        if shared.v_first is None:
             shared = shared._replace(v_first=v)
         else:
-            v = torch.lerp(v, shared.v_first.to(v.dtype), torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(v.dtype))
+            v = torch.lerp(v, shared.v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(v.dtype))
         kk = F.normalize(self._heads(k * self.k_k).to(state.wkv.dtype), dim=-1, eps=1e-12)
         k = k * (1 + (a - 1) * self.k_a)
         r, w, k, v, a = map(self._heads, (r, w, k, v, a))  # (B, T, H, N)
@@ -74,7 +91,7 @@ class TimeMix(nn.Module):
         channel, linear = torch.arange(c) / c, torch.arange(c) / max(1, c - 1) - 0.5
         zigzag = 2 * (torch.arange(c) % n) / max(1, n - 1) - 1
         zigzag = zigzag * zigzag.abs()
-        for name, power in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items():
+        for name, power in zip("rwkvag", (0.2, 0.9, 0.7, 0.7, 0.9, 0.2), strict=True):
             getattr(self, f"x_{name}").copy_(1 - channel ** (power * upwards))
         decay = -6 + 6 * (linear + 0.5) ** (1 + depth**0.3)
         self.w0.copy_(decay + 0.5 + 2.5 * zigzag)

@@ -70,8 +70,8 @@ def _maps(inputs: list[Tensor]) -> Maps:
     g = w.cumsum(-2)
     ge, last, mid = g - w, g[..., -1:, :], g[..., g.shape[-2] // 2, None, :]
     up, down, tail = (g - mid).exp(), (mid - g).exp(), (last - g).exp()
-    x = {"r": r, "a": a, "k": k, "b": b, "v": v, "up": up, "down": down, "tail": tail, "decay": last.exp(), "g": g.exp(),
-         "ge": ge.exp(), "up_e": (ge - mid).exp()}  # fmt: skip
+    x = {"r": r, "a": a, "k": k, "b": b, "v": v, "up": up, "down": down, "tail": tail, "decay": last.exp(),
+         "g": g.exp(), "ge": ge.exp(), "up_e": (ge - mid).exp()}  # fmt: skip
     rc, ac, kc, bc = r * up, a * x["up_e"], k * down, b * down
     a_qk, a_qb = (rc @ kc.mT).tril(), (rc @ bc.mT).tril()
     a_ak = (ac @ kc.mT).tril(-1)

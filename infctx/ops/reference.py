@@ -13,7 +13,7 @@ from torch import Tensor
 def wkv7_forward(inputs: tuple[Tensor, ...], state: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
     """S <- S diag(e^w) + (S a) b^T + v k^T ; y = S r   (RWKV-7, Peng et al. 2025, arXiv:2503.14456, section 4).
 
-    Args: inputs r, w, k, v, a, b, each (tokens, H, N); w is the log decay. Returns y (tokens, H, N) and the last states.
+    Args: inputs r, w, k, v, a, b, each (tokens, H, N); w is the log decay. Returns: y (tokens, H, N) and last states.
     """
 
     def rows(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -75,11 +75,11 @@ def _by_sequence(
 ) -> tuple[Tensor, ...]:
     """Run `rows` on (rows, T, ...) tensors: all sequences at once if they are equally long, else one by one."""
     if len(set(lengths)) == 1:
-        *out, last = rows(*(x.unflatten(0, (len(lengths), lengths[0])) for x in tokens), *states)
-        return *(x.flatten(0, 1) for x in out), last
+        out = rows(*(x.unflatten(0, (len(lengths), lengths[0])) for x in tokens), *states)
+        return *(x.flatten(0, 1) for x in out[:-1]), out[-1]
     parts, begin = [], 0
     for i, n in enumerate(lengths):
         parts.append(rows(*(x[begin : begin + n].unsqueeze(0) for x in tokens), *(s[i : i + 1] for s in states)))
         begin += n
-    *out, last = zip(*parts, strict=True)
-    return *(torch.cat(x, 1).squeeze(0) for x in out), torch.cat(last)
+    columns = list(zip(*parts, strict=True))
+    return *(torch.cat(x, 1).squeeze(0) for x in columns[:-1]), torch.cat(columns[-1])

@@ -1,7 +1,7 @@
 """The public recurrences: checked, declared to torch with their gradients, and sent to a backend.
 
-Layout (B, T, H, N), states (sequences, H, V, K) in float32 (float64 where the inputs are). With `cu_seqlens`, B is 1 and
-the T tokens are N sequences end to end, each with its own state in and out.
+Layout (B, T, H, N), states (sequences, H, V, K) in float32 (float64 where the inputs are). With `cu_seqlens`, B is 1
+and the T tokens are sequences end to end, each with its own state in and out.
 """
 
 import logging
@@ -27,7 +27,7 @@ def wkv7(
 
     Args:
         r, w, k, v, a, b: (B, T, H, N), any T >= 0; w is the log decay, <= 0.
-        state: (B, H, N, N) as (value, key), or (sequences, H, N, N) with cu_seqlens; float32, float64 with float64 inputs.
+        state: (B, H, N, N) as (value, key), or (sequences, H, N, N) with cu_seqlens; float32, or float64 as the inputs.
         cu_seqlens: (sequences + 1,) int32 or int64, borders of the sequences, from 0 to T; needs B = 1.
         backend: a key of BACKENDS, or "auto".
     Returns:
