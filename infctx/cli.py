@@ -1,196 +1,22 @@
-"""The commands. What trains is LightningCLI on the constructors; the rest are the functions below."""
+"""The commands: a table. Those that take a recipe are in `recipe`; the rest are the functions below."""
 
 import logging
 import sys
-import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Literal
 
-import lightning.pytorch as pl
-import yaml
-from jsonargparse import Namespace, auto_cli
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from jsonargparse import ArgumentParser, auto_cli
 
-from infctx.checkpoint import checkpoints, load_model, newest, save_model, verify
-from infctx.data import DocumentData
-from infctx.documents import Source
+from infctx.checkpoint import load_model, save_model
+from infctx.errors import ShortErrors, UserError
 from infctx.generate import sample
 from infctx.report import write_report
-from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
 from infctx.tokenizer import load_tokenizer
-from infctx.training import InfctxModule, refuse_float16
 
 
-# The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
-TRAINER = {
-    "use_distributed_sampler": False,
-    "reload_dataloaders_every_n_epochs": 1,
-    "num_sanity_val_steps": 0,
-    "max_epochs": 1,
-    "gradient_clip_val": 1.0,
-    "enable_model_summary": False,
-}
-
-
-class UserError(ValueError):
-    """What the user can mend: shown without a traceback."""
-
-
-class Parser(LightningArgumentParser):
-    """An argument parser whose errors are a line, not a page of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises: UserError, always."""
-        raise UserError(message)
-
-
-class Trainer(pl.Trainer):
-    """Lightning's, with the verbs that read a recipe but train nothing."""
-
-    def prepare(
-        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None
-    ) -> None:
-        """Tokenise the documents of a recipe into data.path, unless that is done."""
-
-
-class SaveConfig(SaveConfigCallback):
-    """The recipe as resolved, in the run's folder."""
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write config.yaml; Lightning calls it on the first rank."""
-        if stage != "fit":
-            return
-        checkpoint = next(x for x in trainer.callbacks if isinstance(x, Checkpoint))  # type: ignore[attr-defined]
-        checkpoint.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, checkpoint.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
-        )
-
-
-class CLI(LightningCLI):
-    """fit, validate and prepare: everything they take is a constructor's argument, a key of the recipe."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Verbs, and which arguments of the trainer's methods are no options."""
-        loaders = {
-            "model",
-            "dataloaders",
-            "train_dataloaders",
-            "val_dataloaders",
-            "datamodule",
-            "ckpt_path",
-            "weights_only",
-        }
-        return {"fit": loaders, "validate": loaders | {"verbose"}, "prepare": loaders}
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """The file that a run leaves says only what was asked for."""
-        return super().init_parser(**{**kwargs, "dump_header": None})
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """What is neither model, data nor trainer."""
-        parser.add_lightning_class_args(Checkpoint, "checkpoint")
-        help_name = "of the run's folder under runs/, or a path if it holds a slash; default: the recipe's and the time"
-        parser.add_argument("--name", type=str | None, default=None, help=help_name)
-        help_resume = "auto: from the newest sound checkpoint of --name, if any; or a checkpoint's folder"
-        parser.add_argument("--resume", type=str | None, default=None, help=help_resume)
-
-    def before_instantiate_classes(self) -> None:
-        """Decide what run this is, before anything is built or written."""
-        config = self.config[self.subcommand]
-        if self.subcommand == "prepare":
-            _prepare(config.data)
-            raise SystemExit(0)
-        refuse_float16(config.trainer.precision)  # here, since Lightning itself would take another one on a CPU
-        if self.subcommand == "fit":
-            self.run_folder, self.resume = _decide(config)
-            print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add what a run writes."""
-        own: dict[str, Any] = {"plugins": [FolderCheckpoints()], "logger": False}
-        if self.subcommand == "fit":
-            given = self._get(self.config_init, "trainer")
-            metrics = Metrics(self.run_folder)
-            checkpoint = self._get(self.config_init, "checkpoint")
-            checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
-            bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
-            own["callbacks"] = [*(given["callbacks"] or []), metrics, *bar]
-            if given["logger"] in (None, True):
-                own["logger"] = TensorBoardLogger(self.run_folder, name="", version="tensorboard")
-            else:
-                own["logger"] = given["logger"]
-        return super().instantiate_trainer(**own, **kwargs)
-
-    def after_instantiate_classes(self) -> None:
-        """One seed for the order of documents and the rest."""
-        self.datamodule.seed = int(self.config[self.subcommand].seed_everything)
-
-    def fit(self, **kwargs: Any) -> None:
-        """Train, and write the report."""
-        self.trainer.fit(**kwargs, ckpt_path=self.resume, weights_only=True)
-        if self.trainer.is_global_zero:
-            print(f"report: {write_report(self.run_folder)}")
-
-    def validate(self, **kwargs: Any) -> None:
-        """The loss over the held-out documents."""
-        if self.config.validate.data.validation is None:
-            raise ValueError("data.validation is null: there is nothing to validate on")
-        self.trainer.validate(**kwargs, verbose=False)
-        print(f"validation_loss: {float(self.trainer.callback_metrics['validation_loss']):.6f} nats per token")
-
-
-def _decide(config: Namespace) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint it goes on from. Copies that the first rank starts are told both."""
-    name, resume = config.name, config.resume
-    if resume not in (None, "auto"):
-        resume = Path(resume) if checkpoints(resume) == [] else newest(resume)
-        verify(resume)
-        name = name or str(resume.absolute().parent.parent)
-    if name is None:
-        recipe = Path(str(config.config[-1])).stem if config.config else "run"
-        name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(name) if "/" in name else Path("runs", name)
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        return folder, resume
-    if resume == "auto":
-        resume = newest(folder) if checkpoints(folder) else None
-        if resume and read_end(folder) == [int(resume.name[5:]), config.trainer.max_epochs, config.trainer.max_steps]:
-            print(f"run: {folder} has ended, at {resume.name}; nothing to do")
-            raise SystemExit(0)
-    elif resume is None and (folder / "metrics.jsonl").exists():
-        raise ValueError(f"{folder} holds a run already: give another --name, or --resume auto to go on with it")
-    sys.argv += [f"--name={folder.absolute()}", f"--resume={resume.absolute() if resume else 'null'}"]
-    return folder, resume
-
-
-def _check_recipes(argv: list[str]) -> None:
-    """Name the file and the line that is no YAML, which the parser of options does not."""
-    flags = [i for i, x in enumerate(argv[:-1]) if x in ("-c", "--config")]
-    for file in [argv[i + 1] for i in flags] + [x.split("=", 1)[1] for x in argv if x.startswith("--config=")]:
-        try:
-            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            raise UserError(f"{file}{place}: no plain YAML: {getattr(error, 'problem', error)}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{file}: not UTF-8") from None
-        if not isinstance(recipe, dict):
-            raise UserError(f"{file}: a recipe is keys and values, found {type(recipe).__name__}")
-
-
-def _prepare(config: Namespace) -> None:
-    options = config.as_dict()
-    for key in ("source", "validation"):
-        if isinstance(options[key], dict):
-            options[key] = Source(**options[key])
-    DocumentData(**options).prepare_data()
+class Parser(ShortErrors, ArgumentParser):
+    """jsonargparse's, with short errors."""
 
 
 def export(run: str, out: str, what: Literal["model"] = "model") -> None:
@@ -226,7 +52,7 @@ def generate(
     ids = sample(net, [int(i) for i in words.encode(prompt)], max_tokens, temperature, top_p, seed)
     first = next(ids, None)  # errors come before the prompt is repeated
     print(prompt, end="", flush=True)
-    for piece in words.stream(x for x in _chain(first, ids)):
+    for piece in words.stream(_chain(first, ids)):
         print(piece, end="", flush=True)
     print()
 
@@ -240,6 +66,11 @@ def report(run: str) -> None:
     print(f"report: {write_report(run)}")
 
 
+RECIPE_COMMANDS = {
+    "fit": "Train by a recipe: -c recipe.yaml, and any of its keys as an option.",
+    "validate": "Print the loss over held-out documents.",
+    "prepare": "Tokenise the documents of a recipe.",
+}
 COMMANDS: dict[str, Callable[..., None]] = {"export": export, "generate": generate, "report": report}
 
 
@@ -254,15 +85,12 @@ def main(argv: list[str] | None = None) -> None:
             print(_overview())
         elif argv[0] in COMMANDS:
             auto_cli(COMMANDS[argv[0]], args=argv[1:], parser_class=Parser, prog=f"infctx {argv[0]}")
-        elif argv[0] in CLI.subcommands():
-            _check_recipes(argv)
-            CLI(
-                InfctxModule, DocumentData, trainer_class=Trainer, parser_class=Parser, args=argv,
-                trainer_defaults=TRAINER, seed_everything_default=0,
-                save_config_callback=SaveConfig, save_config_kwargs={"save_to_log_dir": False},
-            )  # fmt: skip
+        elif argv[0] in RECIPE_COMMANDS:
+            from infctx.recipe import run_recipe  # Lightning takes seconds to import
+
+            run_recipe(argv)
         else:
-            raise UserError(f"there is no command {argv[0]!r}\n{_overview()}")
+            raise UserError(f"there is no command {argv[0]!r}; there are: {', '.join(RECIPE_COMMANDS | COMMANDS)}")
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
@@ -272,22 +100,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _overview() -> str:
-    verbs = {"fit": "train by a recipe", "validate": "loss over held-out documents", "prepare": "tokenise documents"}
-    verbs |= {name: (f.__doc__ or "").splitlines()[0] for name, f in COMMANDS.items()}
-    return "commands: " + ", ".join(verbs) + "; infctx COMMAND --help says more"
+    rows = RECIPE_COMMANDS | {name: (f.__doc__ or "").splitlines()[0] for name, f in COMMANDS.items()}
+    return "\n".join(
+        ["infctx COMMAND ..., and COMMAND --help for its options", *(f"  {k:9} {v}" for k, v in rows.items())]
+    )
 
 
-def _chain(first: int | None, rest: Any) -> Any:
+def _chain(first: int | None, rest: Iterator[int]) -> Iterator[int]:
     if first is not None:
         yield first
         yield from rest
 
 
 def _quiet() -> None:
-    """Leave out what a user of recipes can do nothing about."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "httpx", "datasets", "fsspec", "torch"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Show our own log, and leave out what a user can do nothing about."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("infctx").setLevel(logging.INFO)
     for message in (".*does not have many workers.*", ".*args parameter is intended.*", ".*smaller than the logging.*",
                     ".*across ranks is zero.*", ".*treespec.*", ".*GPU available but not used.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)

@@ -262,8 +262,9 @@ class WindowLoader:
                 continue
             here = (lane - self.lanes.start, slice(place, place + end - begin))
             piece = self.documents.tokens(document, begin, end + 1)
-            tokens[here] = piece[:-1]
-            targets[here] = np.where(self.documents.mask(document, begin + 1, end + 1), piece[1:], IGNORED)
+            tokens[here], targets[here] = piece[:-1], piece[1:]
+            if self.documents.supervised[document] < self.documents.inputs[document]:
+                targets[here][~self.documents.mask(document, begin + 1, end + 1)] = IGNORED
             start[here[0], place] = begin == 0
             ids[here], position[here] = document, np.arange(begin, end)
         fold = (len(self.lanes), -1, self.plan.segment_length)

@@ -135,7 +135,7 @@ def test_the_three_ways_to_start(project):
     root = make_project.__globals__["Path"](__file__).parents[1]
     for command in (["-m", "infctx"], [str(root / "trainer.py")]):
         done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True, check=True)
-        assert done.stdout.startswith("commands: fit, validate, prepare, export, generate, report")
+        assert all(x in done.stdout for x in ("fit", "validate", "prepare", "export", "generate", "report"))
 
 
 def test_debug_shows_where(project, monkeypatch):

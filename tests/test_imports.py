@@ -7,16 +7,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "infctx"
 LEVELS = [
-    {"config", "tokenizer", "ops"},
+    {"config", "tokenizer", "ops", "errors"},
     {"state", "segments", "loss"},
     {"models", "documents"},
     {"bptt"},
     {"optim", "checkpoint", "generate", "tuning", "parallel", "report", "plan", "evals"},
     {"training", "data", "run"},
+    {"recipe"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-LIGHTNING = {"training", "data", "run", "cli", "strategies"}
+LIGHTNING = {"training", "data", "run", "recipe", "strategies"}
 # The package's own __init__ gathers the public names from these levels.
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

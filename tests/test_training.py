@@ -124,11 +124,12 @@ def test_update_does_not_depend_on_the_layout(project, monkeypatch):
     results = []
     for lanes, windows in ((6, 1), (1, 100), (2, 100)):
         name = f"{lanes}x{windows}"
-        run(
-            monkeypatch, "fit", "-c", "recipe.yaml", "--name", name, "--trainer.max_epochs", "1",
-            "--data.batch_size", str(lanes), "--data.segments_per_window", "document", "--trainer.accumulate_grad_batches", str(windows),
-            "--model.l2_penalty", "1e-2",
-        )  # fmt: skip
+        options = {
+            "trainer.max_epochs": 1, "data.batch_size": lanes, "data.segments_per_window": "document",
+            "trainer.accumulate_grad_batches": windows, "model.l2_penalty": 1e-2,
+        }  # fmt: skip
+        flags = [f"--{key}={value}" for key, value in options.items()]
+        run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", name, *flags)
         (row,) = lines(project, name)
         results.append((row["loss"], row["grad_norm"]))
     for loss, norm in results[1:]:

@@ -1,0 +1,118 @@
+"""Peak resident memory of one exact training step over one document, by its length.
+
+    python benchmarks/memory.py [--lengths 16384 65536 262144 1048576] [--out benchmarks/results]
+
+A tiny RWKV-7 reads each document as one window of 512-token segments: window_loss, backward, AdamW step, in a process
+of its own. What may grow with a segment is its border state and its part of the window: tokens and targets (8 bytes a
+token each), ids (4) and starts (1). The bound is 1.05 times that.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SEGMENT = 512
+SIZES = {"n_layer": 2, "n_embd": 64, "vocab_size": 257, "head_size": 16}
+
+
+def one_step(length: int) -> dict[str, float]:
+    """Train one step on a random document of `length` inputs; returns the process's peak, and the time of the step."""
+    import numpy as np
+    import torch
+
+    import infctx
+    from infctx.bptt import window_loss
+    from infctx.optim import OptimizerConfig, make_optimizer
+    from infctx.segments import Plan, WindowLoader
+
+    class Memory:
+        inputs = supervised = np.array([length])
+        text = np.random.default_rng(0).integers(1, 257, 65_537).astype(np.uint16)
+
+        def tokens(self, document: int, begin: int, end: int) -> np.ndarray:
+            return np.resize(
+                self.text, end - begin
+            )  # a run reads them from a mapped file, which is no memory of its own
+
+    torch.manual_seed(0)
+    model = infctx.init_model(infctx.ModelConfig("rwkv7", **SIZES))
+    optimizer = make_optimizer(model, OptimizerConfig())
+
+    def step(documents: object, tokens: int) -> None:
+        plan = Plan(np.array([tokens]), 1, SEGMENT, None, 0, 0)
+        window = WindowLoader(documents, lambda _: plan, range(1), 1, 0, {}).window(0)._replace(position=None)
+        loss, _, _ = window_loss(model, window, None)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(Memory(), 32 * SEGMENT)  # what is allocated once, whatever the length
+    begin = time.perf_counter()
+    step(Memory(), length)
+    seconds = time.perf_counter() - begin
+    return {
+        "tokens": length,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": seconds,
+    }
+
+
+def allowed() -> int:
+    """Bytes that a segment may add: its border state in float32, and its tokens, targets, ids and starts."""
+    c, n = SIZES["n_embd"], SIZES["head_size"]
+    state = SIZES["n_layer"] * (2 * c + c * n) * 4
+    return state + SEGMENT * (8 + 8 + 4 + 1)
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    """Measured peaks, and the line that the first one and the bound give."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    tokens = [row["tokens"] for row in rows]
+    base = rows[0]["peak_bytes"]
+    bound = [base + 1.05 * allowed() * (n - tokens[0]) / SEGMENT for n in tokens]
+    axis.plot(tokens, [row["peak_bytes"] / 1e6 for row in rows], "o-", label="measured")
+    axis.plot(tokens, [x / 1e6 for x in bound], "--", label="1.05 x (border states + window)")
+    axis.set(xlabel="tokens in the document", ylabel="peak resident memory, MB", ylim=(0, None))
+    axis.set_xscale("log", base=2)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Measure every length, print a table, write JSON and a plot."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1 << 14, 1 << 16, 1 << 18, 1 << 20])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one_step(options.one)))
+        return
+    rows = []
+    for length in options.lengths:
+        command = [sys.executable, __file__, "--one", str(length)]
+        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        first = rows[0]
+        segments = (length - first["tokens"]) // SEGMENT
+        growth = (rows[-1]["peak_bytes"] - first["peak_bytes"]) / segments if segments else 0.0
+        rows[-1]["bytes_per_added_segment"], rows[-1]["ratio"] = growth, growth / allowed()
+        print(f"{length:>9,} tokens: peak {rows[-1]['peak_bytes'] / 1e6:7.1f} MB, {rows[-1]['seconds']:6.1f} s, "
+              f"{growth:8,.0f} bytes an added segment = {growth / allowed():.3f} x {allowed():,}")  # fmt: skip
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    facts = {"commit": commit, "machine": platform.machine(), "python": platform.python_version(), "segment": SEGMENT}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "memory.json").write_text(json.dumps({**facts, "allowed": allowed(), "rows": rows}, indent=1) + "\n")
+    plot(rows, options.out / "memory.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The commands that take a recipe: LightningCLI on the constructors, nothing else."""
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from infctx.checkpoint import checkpoints, newest, verify
+from infctx.data import DocumentData
+from infctx.documents import Source
+from infctx.errors import ShortErrors, UserError
+from infctx.report import write_report
+from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
+from infctx.training import InfctxModule, refuse_float16
+
+# The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
+TRAINER = {
+    "use_distributed_sampler": False,
+    "reload_dataloaders_every_n_epochs": 1,
+    "num_sanity_val_steps": 0,
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "enable_model_summary": False,
+}
+
+
+class Parser(ShortErrors, LightningArgumentParser):
+    """Lightning's, with short errors."""
+
+
+class Trainer(pl.Trainer):
+    """Lightning's, with the verbs that read a recipe but train nothing."""
+
+    def prepare(
+        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None
+    ) -> None:
+        """Tokenise the documents of a recipe into data.path, unless that is done."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """The recipe as resolved, in the run's folder."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write config.yaml; Lightning calls it on the first rank."""
+        if stage != "fit":
+            return
+        checkpoint = next(x for x in trainer.callbacks if isinstance(x, Checkpoint))  # type: ignore[attr-defined]
+        checkpoint.folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, checkpoint.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
+        )
+
+
+class CLI(LightningCLI):
+    """fit, validate and prepare: everything they take is a constructor's argument, a key of the recipe."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs, and which arguments of the trainer's methods are no options."""
+        loaders = {
+            "model",
+            "dataloaders",
+            "train_dataloaders",
+            "val_dataloaders",
+            "datamodule",
+            "ckpt_path",
+            "weights_only",
+        }
+        return {"fit": loaders, "validate": loaders | {"verbose"}, "prepare": loaders}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """The file that a run leaves says only what was asked for."""
+        return super().init_parser(**{**kwargs, "dump_header": None})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What is neither model, data nor trainer."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        help_name = "of the run's folder under runs/, or a path if it holds a slash; default: the recipe's and the time"
+        parser.add_argument("--name", type=str | None, default=None, help=help_name)
+        help_resume = "auto: from the newest sound checkpoint of --name, if any; or a checkpoint's folder"
+        parser.add_argument("--resume", type=str | None, default=None, help=help_resume)
+
+    def before_instantiate_classes(self) -> None:
+        """Decide what run this is, before anything is built or written."""
+        config = self.config[self.subcommand]
+        if self.subcommand == "prepare":
+            _prepare(config.data)
+            raise SystemExit(0)
+        refuse_float16(config.trainer.precision)  # here, since Lightning itself would take another one on a CPU
+        if self.subcommand == "fit":
+            self.run_folder, self.resume = _decide(config)
+            print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add what a run writes."""
+        own: dict[str, Any] = {"plugins": [FolderCheckpoints()], "logger": False}
+        if self.subcommand == "fit":
+            given = self._get(self.config_init, "trainer")
+            metrics = Metrics(self.run_folder)
+            checkpoint = self._get(self.config_init, "checkpoint")
+            checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
+            bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
+            own["callbacks"] = [*(given["callbacks"] or []), metrics, *bar]
+            if given["logger"] in (None, True):
+                own["logger"] = TensorBoardLogger(self.run_folder, name="", version="tensorboard")
+            else:
+                own["logger"] = given["logger"]
+        return super().instantiate_trainer(**own, **kwargs)
+
+    def after_instantiate_classes(self) -> None:
+        """One seed for the order of documents and the rest."""
+        self.datamodule.seed = int(self.config[self.subcommand].seed_everything)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, and write the report."""
+        self.trainer.fit(**kwargs, ckpt_path=self.resume, weights_only=True)
+        if self.trainer.is_global_zero:
+            print(f"report: {write_report(self.run_folder)}")
+
+    def validate(self, **kwargs: Any) -> None:
+        """The loss over the held-out documents."""
+        if self.config.validate.data.validation is None:
+            raise ValueError("data.validation is null: there is nothing to validate on")
+        self.trainer.validate(**kwargs, verbose=False)
+        print(f"validation_loss: {float(self.trainer.callback_metrics['validation_loss']):.6f} nats per token")
+
+
+def _decide(config: Namespace) -> tuple[Path, Path | None]:
+    """The run's folder, and the checkpoint it goes on from. Copies that the first rank starts are told both."""
+    name, resume = config.name, config.resume
+    if resume not in (None, "auto"):
+        resume = Path(resume) if checkpoints(resume) == [] else newest(resume)
+        verify(resume)
+        name = name or str(resume.absolute().parent.parent)
+    if name is None:
+        recipe = Path(str(config.config[-1])).stem if config.config else "run"
+        name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(name) if "/" in name else Path("runs", name)
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return folder, resume
+    if resume == "auto":
+        resume = newest(folder) if checkpoints(folder) else None
+        if resume and read_end(folder) == [int(resume.name[5:]), config.trainer.max_epochs, config.trainer.max_steps]:
+            print(f"run: {folder} has ended, at {resume.name}; nothing to do")
+            raise SystemExit(0)
+    elif resume is None and (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{folder} holds a run already: give another --name, or --resume auto to go on with it")
+    sys.argv += [f"--name={folder.absolute()}", f"--resume={resume.absolute() if resume else 'null'}"]
+    return folder, resume
+
+
+def _check_recipes(argv: list[str]) -> None:
+    """Name the file and the line that is no YAML, which the parser of options does not."""
+    flags = [i for i, x in enumerate(argv[:-1]) if x in ("-c", "--config")]
+    for file in [argv[i + 1] for i in flags] + [x.split("=", 1)[1] for x in argv if x.startswith("--config=")]:
+        try:
+            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise UserError(f"{file}{place}: no plain YAML: {getattr(error, 'problem', error)}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{file}: not UTF-8") from None
+        if not isinstance(recipe, dict):
+            raise UserError(f"{file}: a recipe is keys and values, found {type(recipe).__name__}")
+
+
+def _prepare(config: Namespace) -> None:
+    options = config.as_dict()
+    for key in ("source", "validation"):
+        if isinstance(options[key], dict):
+            options[key] = Source(**options[key])
+    DocumentData(**options).prepare_data()
+
+
+def run_recipe(argv: list[str]) -> None:
+    """Run fit, validate or prepare. Raises: UserError and what the constructors raise."""
+    for name in ("lightning.pytorch", "lightning.fabric"):  # they set their own levels when imported
+        logging.getLogger(name).setLevel(logging.WARNING)
+    _check_recipes(argv)
+    CLI(
+        InfctxModule,
+        DocumentData,
+        trainer_class=Trainer,
+        parser_class=Parser,
+        args=argv,
+        trainer_defaults=TRAINER,
+        seed_everything_default=0,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+    )

@@ -1,0 +1,49 @@
+"""Law 7 over ranks: two processes of one lane make the steps that one process of two lanes makes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import make_project
+
+SCRIPT = ["-m", "infctx", "fit", "-c", "recipe.yaml", "--checkpoint.every_n_steps", "4"]
+
+
+def fit(project, name, *options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *SCRIPT, "--name", name, *options]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(x) for x in (project / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(project, name):
+    folders = (project / "runs" / name / "checkpoints").glob("step-*")
+    return load_file(max(folders, key=lambda x: int(x.name[5:])) / "model.safetensors")
+
+
+def test_two_ranks_equal_one(tmp_path):
+    project = make_project(tmp_path / "project")
+    one = fit(project, "one", "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "3")
+    ranks = ("--data.batch_size", "1", "--trainer.accumulate_grad_batches", "3", "--trainer.devices", "2",
+             "--trainer.strategy", "ddp")  # fmt: skip
+    two = fit(project, "two", *ranks)
+    assert [(x["step"], x["tokens"], x["documents"]) for x in one] == [
+        (x["step"], x["tokens"], x["documents"]) for x in two
+    ]
+    for a, b in zip(one, two):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(
+            a["grad_norm"], rel=1e-4
+        )
+    a, b = weights(project, "one"), weights(project, "two")
+    assert all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-5) for k in a)
+    # The lanes of both ranks are in the checkpoint: one rank goes on where two were.
+    last = fit(project, "three", "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "3",
+               "--resume", "runs/two/checkpoints/step-4")  # fmt: skip
+    assert [x["step"] for x in last] == [x["step"] for x in one][4:]
+    for x, y in zip(last, one[4:]):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
