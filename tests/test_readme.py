@@ -1,0 +1,71 @@
+"""Law 12: every recipe is accepted, and every command of the README runs, tiny."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import run
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+# What makes any recipe a matter of seconds.
+TINY = ["--model.init.n_layer=1", "--model.init.n_embd=32", "--model.init.head_size=16", "--data.segment_length=16"]
+TINY += ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(x, comments=True) for x in lines if x.strip() and not x.startswith("#")]
+
+
+def test_recipes_were_found():
+    assert RECIPES
+    for recipe in RECIPES:
+        assert recipe.read_text().startswith("#"), f"{recipe}: a header says what it does, needs and measured"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda x: x.stem)
+def test_recipe_runs_tiny(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = Path(yaml.safe_load(recipe.read_text())["data"]["source"]["path"])
+    source.parent.mkdir(parents=True)
+    source.write_text("words of a document " * 20)
+    run(monkeypatch, "fit", "-c", str(recipe), "--name", "a", *TINY)
+    assert (tmp_path / "runs" / "a" / "report.html").exists()
+
+
+def test_readme_commands_run(tmp_path, monkeypatch):
+    """In their order, in one folder, as a reader would."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "books").mkdir()
+    for i in range(3):
+        (tmp_path / "books" / f"{i}.txt").write_text(f"a book with the number {i} " * 15)
+    seen = set()
+    for words in commands():
+        if words[0] == "infctx":
+            quick = TINY if words[1] == "fit" else TINY[:-2] if words[1] == "validate" else []
+            if "--model.load" in " ".join(words):
+                quick = [x for x in quick if "init" not in x]
+            try:
+                run(monkeypatch, *words[1:], *quick)
+            except SystemExit as end:
+                assert not end.code, words
+            seen.add(words[1])
+        elif words[0] == "make":
+            assert set(words[1:]) <= TARGETS, words
+        else:
+            assert words[0] in ("git", "cd", "pip", "python"), f"no test runs {words}"
+    assert {"fit", "validate", "prepare", "export", "generate", "report"} <= seen
+
+
+def test_readme_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
