@@ -99,6 +99,18 @@ def save_checkpoint(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        _fill(part, weights, training, facts)
+    except BaseException:
+        shutil.rmtree(part)
+        raise
+    if folder.exists():
+        shutil.rmtree(folder)
+    part.rename(folder)
+    _sync(folder.parent)
+
+
+def _fill(part: Path, weights: dict[str, Tensor], training: dict[str, Any], facts: dict[str, Any]) -> None:
     save_file({name: x.detach().cpu().contiguous() for name, x in weights.items()}, part / WEIGHTS)
     torch.save(training, part / TRAINING)
     files = {
@@ -108,10 +120,6 @@ def save_checkpoint(
     for name in (*files, MANIFEST):
         _sync(part / name)
     part.chmod(0o755)
-    if folder.exists():
-        shutil.rmtree(folder)
-    part.rename(folder)
-    _sync(folder.parent)
 
 
 def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

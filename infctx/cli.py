@@ -49,7 +49,9 @@ def generate(
     words, net = load_tokenizer(tokenizer), load_model(model)
     if net.config.vocab_size < words.vocab_size:
         raise ValueError(f"tokenizer {tokenizer} has {words.vocab_size} ids, the model only {net.config.vocab_size}")
-    ids = sample(net, [int(i) for i in words.encode(prompt)], max_tokens, temperature, top_p, seed)
+    ids = sample(
+        net, [int(i) for i in words.encode(prompt)], max_tokens, temperature, top_p, seed, None, words.vocab_size
+    )
     first = next(ids, None)  # errors come before the prompt is repeated
     print(prompt, end="", flush=True)
     for piece in words.stream(_chain(first, ids)):

@@ -55,6 +55,8 @@ class ModelConfig:
         for name in ("n_layer", "n_embd", "vocab_size", "head_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.ranks.values(), default=1) < 1:
+            raise ValueError(f"ranks must be at least 1, got {self.ranks}")
         if self.n_embd % self.head_size:
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of head_size {self.head_size}")
         rules = ARCHITECTURES[self.arch].ranks

@@ -63,6 +63,8 @@ class DocumentData(pl.LightningDataModule):
         if isinstance(self.validation, Source):
             self.train, self.held_out = documents, ArrowDocuments.open(f"{self.path}/validation")
         elif self.validation:
+            if self.validation < 0:
+                raise ValueError(f"data.validation must be a share or a count of documents, got {self.validation}")
             count = self.validation if isinstance(self.validation, int) else round(self.validation * len(documents))
             count = max(1, int(count))
             if count >= len(documents):
@@ -83,10 +85,12 @@ class DocumentData(pl.LightningDataModule):
 
     def train_dataloader(self) -> WindowLoader:
         """The windows of the epoch that the trainer is in."""
-        identity = {"digest": self.train.digest, "lanes": self.lanes, "seed": self.seed, "documents": len(self.train),
-                    "segment_length": self.segment_length, "segments_per_window": self.segments_per_window}  # fmt: skip
+        same = {"digest": self.train.digest, "lanes": self.lanes, "seed": self.seed, "documents": len(self.train),
+                "segment_length": self.segment_length, "segments_per_window": self.segments_per_window}  # fmt: skip
         accumulate = self.trainer.accumulate_grad_batches
-        return WindowLoader(self.train, self.plan, self._own(), accumulate, self.trainer.current_epoch, identity)
+        identity = {f"data.{key}": x for key, x in same.items()} | {"trainer.accumulate_grad_batches": accumulate}
+        epoch = self.trainer.current_epoch
+        return WindowLoader(self.train, self.plan, self._own(), accumulate, epoch, identity, self._limit(epoch))
 
     def val_dataloader(self) -> WindowLoader | list[Any]:
         """The held-out documents, always in the same order."""
@@ -103,9 +107,8 @@ class DocumentData(pl.LightningDataModule):
 
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
-        windows, limit = len(self.plan(epoch)), self.trainer.limit_train_batches
-        windows = min(windows, limit) if isinstance(limit, int) else int(windows * limit)
-        return -(-windows // self.trainer.accumulate_grad_batches)
+        windows, limit = len(self.plan(epoch)), self._limit(epoch)
+        return -(-min(windows, windows if limit is None else limit) // self.trainer.accumulate_grad_batches)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run. Raises: ValueError if the recipe sets no end."""
@@ -140,6 +143,10 @@ class DocumentData(pl.LightningDataModule):
     def _plan(self, epoch: int) -> Plan:
         shape = (self.lanes, self.segment_length, self.segments_per_window)
         return Plan(self.train.inputs, *shape, self.seed, epoch)
+
+    def _limit(self, epoch: int) -> int | None:
+        limit = self.trainer.limit_train_batches
+        return limit if isinstance(limit, int) else None if limit == 1.0 else int(len(self.plan(epoch)) * limit)
 
     def _own(self) -> range:
         rank = self.trainer.global_rank

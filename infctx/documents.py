@@ -45,8 +45,11 @@ class Source:
 
     def files(self) -> list[Path]:
         """The files, by name. Raises: FileNotFoundError if there is none."""
-        folder = Path(self.path).is_dir()
-        found = Path(self.path).rglob("*") if folder else map(Path, glob(self.path, recursive=True))  # noqa: PTH207 (absolute patterns too)
+        whole, prepared = Path(self.path), "prepared.json"
+        if whole.is_dir():  # without hidden files, and without what `prepare` itself put there
+            found = [x for x in whole.rglob("*") if x.name[0] != "." and not (x.parent / prepared).exists()]
+        else:
+            found = [whole] if whole.is_file() else [Path(x) for x in glob(self.path, recursive=True)]  # noqa: PTH207 (absolute patterns too)
         files = sorted(file for file in found if file.is_file())
         if not files:
             raise FileNotFoundError(f"data.source.path {self.path!r}: no such file")
@@ -68,7 +71,11 @@ def prepare(source: Source, tokenizer: Tokenizer, path: str | Path) -> "ArrowDoc
         else:
             if meta:
                 print(f"data: {path} is stale (digest {meta['digest'][:16]}): source, tokenizer or settings changed")
-            _write(source, tokenizer, path, digest)
+            try:
+                _write(source, tokenizer, path, digest)
+            except BaseException:
+                (path / f"{digest[:16]}.arrow.part").unlink(missing_ok=True)
+                raise
             print(f"data: prepared {path}, digest {digest[:16]}")
     return ArrowDocuments.open(path)
 
@@ -78,7 +85,7 @@ class ArrowDocuments:
 
     Attributes:
         inputs: (documents,) int64, tokens of each but its last; supervised: (documents,) int64, targets to be learnt.
-        digest: of source, tokenizer and settings; vocab_size: of the tokenizer; left_out: documents without a target.
+        digest: of source, tokenizer and settings; left_out: documents without a target.
     """
 
     def __init__(self, table: Any, meta: dict[str, Any], rows: np.ndarray | None = None) -> None:
@@ -90,7 +97,7 @@ class ArrowDocuments:
         self._rows = np.arange(len(lengths)) if rows is None else rows
         self.inputs = lengths[self._rows].astype(np.int64) - 1
         self.supervised = table.column("supervised").to_numpy()[self._rows]
-        self.digest, self.vocab_size, self.left_out = meta["digest"], meta["vocab_size"], meta["left_out"]
+        self.digest, self.left_out = meta["digest"], meta["left_out"]
 
     @classmethod
     def open(cls, path: str | Path) -> "ArrowDocuments":
@@ -147,10 +154,10 @@ def _jsonl(source: Source) -> Iterator[tuple[str, str]]:
 def _field(line: bytes, column: str, where: str) -> str:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # also UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         raise ValueError(f"{where}: not JSON in UTF-8: {error}") from None
     if not isinstance(record, dict) or column not in record:
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        found = ", ".join(map(repr, list(record)[:5])) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{where}: no key {column!r} (data.source.column); found: {found}")
     if not isinstance(record[column], str):
         raise ValueError(f"{where}: {column!r} must be a string, got {type(record[column]).__name__}")
@@ -201,7 +208,7 @@ def _write(source: Source, tokenizer: Tokenizer, path: Path, digest: str) -> Non
             "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "source": asdict(source)}  # fmt: skip
     part.write_text(json.dumps(meta, indent=1))
     part.replace(path / "prepared.json")
-    for old in path.glob("*.arrow*"):
+    for old in path.glob("[0-9a-f]" * 16 + ".arrow"):
         if old != file:
             old.unlink()
 

@@ -22,15 +22,15 @@ def generate(
     Raises: ValueError for an empty prompt or numbers out of range.
     """
     ids = [int(i) for i in tokenizer.encode(prompt)]
-    return tokenizer.decode(sample(model, ids, max_tokens, temperature, top_p, seed))
+    return tokenizer.decode(sample(model, ids, max_tokens, temperature, top_p, seed, vocab_size=tokenizer.vocab_size))
 
 
 @torch.inference_mode()
 def sample(
     model: nn.Module, prompt: list[int], max_tokens: int, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
-    state: State | None = None,
+    state: State | None = None, vocab_size: int | None = None,
 ) -> Iterator[int]:  # fmt: skip
-    """The token ids that follow `prompt` after `state`, one by one. Args and raises: as `generate`."""
+    """The ids below vocab_size that follow `prompt` after `state`, one by one. Args and raises: as `generate`."""
     if not prompt:
         raise ValueError("prompt must hold at least one token: the model continues a text")
     if temperature < 0 or not 0 < top_p <= 1:
@@ -40,7 +40,7 @@ def sample(
     for stretch in torch.tensor([prompt], device=device).split(STRETCH, 1):
         logits, state = model(stretch, state)
     for _ in range(max_tokens):
-        token = _choose(logits[0, -1].double().cpu(), temperature, top_p, generator)
+        token = _choose(logits[0, -1, :vocab_size].double().cpu(), temperature, top_p, generator)
         if token == END_OF_DOCUMENT:
             return
         yield token

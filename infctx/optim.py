@@ -61,14 +61,22 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """AdamW over the groups, in one kernel where the device has one."""
-    fused = next(model.parameters()).device.type == "cuda"
-    return AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    """AdamW over the groups. Not the fused one: under bf16-mixed Lightning refuses to clip gradients before it."""
+    return AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def make_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
     """Step it once after each optimizer step; it holds its floor past `total_steps`."""
     return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
+
+
+def apply_config(optimizer: Any, schedule: Any, model: nn.Module, config: OptimizerConfig) -> None:
+    """Give an optimizer and its schedule, restored from a checkpoint, the numbers of the recipe as it is now."""
+    for i, new in enumerate(parameter_groups(model, config)):
+        rate = new["lr"] * schedule.lr_lambdas[i](schedule.last_epoch)
+        numbers = {"betas": config.betas, "eps": config.eps, "weight_decay": new["weight_decay"]}
+        optimizer.param_groups[i].update(numbers, lr=rate, initial_lr=new["lr"])
+        schedule.base_lrs[i] = new["lr"]
 
 
 def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:

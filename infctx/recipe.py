@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from infctx.checkpoint import checkpoints, newest, verify
 from infctx.data import DocumentData
@@ -19,7 +20,7 @@ from infctx.documents import Source
 from infctx.errors import ShortErrors, UserError
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
-from infctx.training import InfctxModule, refuse_float16
+from infctx.training import InfctxModule, refuse_precision
 
 # The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
 TRAINER = {
@@ -54,9 +55,10 @@ class SaveConfig(SaveConfigCallback):
             return
         checkpoint = next(x for x in trainer.callbacks if isinstance(x, Checkpoint))  # type: ignore[attr-defined]
         checkpoint.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, checkpoint.folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
-        )
+        config = self.config.clone()
+        config.name = config.resume = None  # another run by this recipe is another run
+        path = checkpoint.folder / "config.yaml"
+        self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
 
 
 class CLI(LightningCLI):
@@ -94,7 +96,9 @@ class CLI(LightningCLI):
         if self.subcommand == "prepare":
             _prepare(config.data)
             raise SystemExit(0)
-        refuse_float16(config.trainer.precision)  # here, since Lightning itself would take another one on a CPU
+        if self.subcommand == "validate" and (config.name or config.resume):
+            raise UserError("validate takes no --name and no --resume: name the run by --model.load")
+        refuse_precision(config.trainer.precision)  # here, since Lightning itself would take another one on a CPU
         if self.subcommand == "fit":
             self.run_folder, self.resume = _decide(config)
             print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
@@ -107,6 +111,7 @@ class CLI(LightningCLI):
             metrics = Metrics(self.run_folder)
             checkpoint = self._get(self.config_init, "checkpoint")
             checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
+            checkpoint.limits = [given["max_epochs"], given["max_steps"]]
             bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
             own["callbacks"] = [*(given["callbacks"] or []), metrics, *bar]
             if given["logger"] in (None, True):
@@ -121,13 +126,20 @@ class CLI(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train, and write the report."""
-        self.trainer.fit(**kwargs, ckpt_path=self.resume, weights_only=True)
+        try:
+            self.trainer.fit(**kwargs, ckpt_path=self.resume, weights_only=True)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise UserError(
+                f"{self.resume}: its weights are of another size than model.init or model.load says"
+            ) from None
         if self.trainer.is_global_zero:
             print(f"report: {write_report(self.run_folder)}")
 
     def validate(self, **kwargs: Any) -> None:
         """The loss over the held-out documents."""
-        if self.config.validate.data.validation is None:
+        if not self.config.validate.data.validation:
             raise ValueError("data.validation is null: there is nothing to validate on")
         self.trainer.validate(**kwargs, verbose=False)
         print(f"validation_loss: {float(self.trainer.callback_metrics['validation_loss']):.6f} nats per token")
@@ -139,8 +151,12 @@ def _decide(config: Namespace) -> tuple[Path, Path | None]:
     if resume not in (None, "auto"):
         resume = Path(resume) if checkpoints(resume) == [] else newest(resume)
         verify(resume)
+        if name is None and resume.absolute().parent.name != "checkpoints":
+            raise UserError(f"--resume {resume}: it lies in no run's folder: give the run's --name")
         name = name or str(resume.absolute().parent.parent)
-    if name is None:
+    if resume == "auto" and not name:
+        raise UserError("--resume auto: give the run's --name")
+    if not name:
         recipe = Path(str(config.config[-1])).stem if config.config else "run"
         name = f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(name) if "/" in name else Path("runs", name)
@@ -186,6 +202,15 @@ def run_recipe(argv: list[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):  # they set their own levels when imported
         logging.getLogger(name).setLevel(logging.WARNING)
     _check_recipes(argv)
+    try:
+        _run(argv)
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {error}") from error
+    except SIGTERMException:
+        raise SystemExit(143) from None  # Lightning's own would say that all went well
+
+
+def _run(argv: list[str]) -> None:
     CLI(
         InfctxModule,
         DocumentData,

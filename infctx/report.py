@@ -39,7 +39,9 @@ def write_report(run: str | Path) -> Path:
 
 
 def _read(file: Path) -> Lines:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    )  # not a torn last one
 
 
 def _table(lines: Lines, validation: Lines) -> str:

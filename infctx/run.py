@@ -90,12 +90,14 @@ class Checkpoint(CheckpointBase):
         self.every_n_steps, self.keep = every_n_steps, keep
         self.folder = Path("runs", "unnamed")  # of the run: the command decides it
         self.resume: Path | None = None
+        self.limits: list[int | None] = []  # max_epochs and max_steps as the recipe has them
         self._saved = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Ranks that were started by themselves looked into the folder by themselves: they must have seen the same."""
-        first = trainer.strategy.broadcast(str(self.resume))
-        if first != str(self.resume):
+        own = str(self.resume and self.resume.absolute())
+        first = trainer.strategy.broadcast(own)
+        if first != own:
             raise ValueError(
                 f"rank {trainer.global_rank} would go on from {self.resume}, rank 0 from {first}: give --resume PATH"
             )
@@ -105,18 +107,27 @@ class Checkpoint(CheckpointBase):
         self._saved = trainer.global_step
         if trainer.is_global_zero:
             (self.folder / END).unlink(missing_ok=True)
+            for part in self.folder.glob("checkpoints/.step-*"):  # of a process that was killed while it saved
+                shutil.rmtree(part)
+            for later in checkpoints(self.folder):  # this run takes another way from here
+                if int(later.name[5:]) > trainer.global_step:
+                    print(f"checkpoint removed, later than the step resumed from: {later}")
+                    shutil.rmtree(later)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        """Save at every n-th step; a step of several windows ends with the last of them."""
-        if trainer.global_step > self._saved and trainer.global_step % self.every_n_steps == 0:
+        """Save at every n-th step, and where the run stops: after it the epoch would count as read to its end."""
+        stops = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if trainer.global_step > self._saved and (stops or trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save the end, and note where it was."""
         if trainer.global_step > self._saved:
             self._save(trainer)
-        if trainer.is_global_zero:
-            (self.folder / END).write_text(json.dumps([trainer.global_step, trainer.max_epochs, trainer.max_steps]))
+        if trainer.is_global_zero and _at_its_end(trainer):
+            part = self.folder / f".{END}"
+            part.write_text(json.dumps([trainer.global_step, *self.limits]))
+            part.replace(self.folder / END)
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder / "checkpoints" / f"step-{trainer.global_step}")
@@ -124,6 +135,11 @@ class Checkpoint(CheckpointBase):
         if trainer.is_global_zero:
             for folder in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(folder)
+
+
+def _at_its_end(trainer: pl.Trainer) -> bool:
+    epochs = trainer.max_epochs or -1
+    return trainer.global_step == trainer.max_steps or 0 <= epochs <= trainer.current_epoch
 
 
 class FolderCheckpoints(CheckpointIO):
@@ -186,7 +202,10 @@ class Progress(ProgressBar):
 
 def read_end(run: Path) -> list[int] | None:
     """Step, max_epochs and max_steps with which a run came to its end; None if it has not."""
-    return json.loads((run / END).read_text()) if (run / END).exists() else None
+    try:
+        return json.loads((run / END).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -130,10 +130,8 @@ class Plan:
         """What a window holds, lane by lane."""
         low, high = self.borders[window], self.borders[window + 1]
         for lane, (documents, begins) in enumerate(zip(self.documents, self.begins, strict=True)):
-            first = max(0, int(np.searchsorted(begins, low, "right")) - 1)
-            for document, begin in zip(documents[first:].tolist(), begins[first:].tolist(), strict=True):
-                if begin >= high:
-                    break
+            first, last = max(0, int(np.searchsorted(begins, low, "right")) - 1), int(np.searchsorted(begins, high))
+            for document, begin in zip(documents[first:last].tolist(), begins[first:last].tolist(), strict=True):
                 end = min(begin + int(self.inputs[document]), high)
                 if end > low:
                     yield Piece(lane, max(begin, low) - low, document, max(low - begin, 0), end - begin)
@@ -149,11 +147,11 @@ class Plan:
         cut = 0
         for documents, begins in zip(self.documents, self.begins, strict=True):
             window = np.searchsorted(self.borders, begins, "right") - 1
-            border = np.minimum(np.take(self.borders, window + 1), self.next_cut(begins, window, reach))
+            border = np.minimum(np.take(self.borders, window + 1), self._next_cut(begins, window, reach))
             cut += int(np.maximum(begins + self.inputs[documents] - border, 0).sum())
         return cut / max(1, int(self.inputs.sum()))
 
-    def next_cut(self, begins: np.ndarray, window: np.ndarray, reach: int) -> np.ndarray:
+    def _next_cut(self, begins: np.ndarray, window: np.ndarray, reach: int) -> np.ndarray:
         """The first border of the horizon after each place, in its window."""
         low = np.take(self.borders, window)
         return low + ((begins - low) // reach + 1) * reach
@@ -218,20 +216,22 @@ class WindowLoader:
         lanes: the lanes of this rank, of G in all.
         accumulate: windows in an optimizer step.
         epoch: its number.
+        limit: of windows in an epoch, or None.
         identity: what must be the same for a position to mean the same: refused otherwise.
     """
 
     def __init__(
         self, documents: Documents, plan: Callable[[int], Plan], lanes: range, accumulate: int, epoch: int,
-        identity: dict[str, Any],
+        identity: dict[str, Any], limit: int | None = None,
     ) -> None:  # fmt: skip
         self.documents, self.plan_of, self.lanes, self.accumulate = documents, plan, lanes, accumulate
         self.epoch, self.position, self.identity = epoch, 0, identity
-        self._first = 0
+        self._first, self.limit = 0, limit
+        self._group: tuple[int, int] | None = None  # the last group of accumulated windows, and its normaliser
         self.plan = plan(epoch)
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.plan) if self.limit is None else min(self.limit, len(self.plan))
 
     def __iter__(self) -> Iterator[Window]:
         first, self._first = self._first, 0  # a restored position holds for one pass; the next one is whole
@@ -247,7 +247,7 @@ class WindowLoader:
         """Go on from there. Raises: ValueError if the data, the lanes or the cuts are not the same."""
         for key, value in self.identity.items():
             if state.get(key) != value:
-                raise ValueError(f"data.{key} was {state.get(key)} in the checkpoint and is {value} now: "
+                raise ValueError(f"{key} was {state.get(key)} in the checkpoint and is {value} now: "
                                  "the run cannot go on with the same documents in the same order")  # fmt: skip
         self.epoch, self.position, self._first = state["epoch"], state["position"], state["position"]
         self.plan = self.plan_of(self.epoch)
@@ -274,7 +274,10 @@ class WindowLoader:
     def normaliser(self, i: int) -> int:
         """Supervised tokens of the optimizer step that window i belongs to, over all ranks."""
         first = i - i % self.accumulate
-        return max(1, sum(self._supervised(j) for j in range(first, min(first + self.accumulate, len(self)))))
+        if self._group is None or self._group[0] != first:
+            group = range(first, min(first + self.accumulate, len(self)))
+            self._group = (first, max(1, sum(self._supervised(j) for j in group)))
+        return self._group[1]
 
     def _supervised(self, i: int) -> int:
         total, d = 0, self.documents

@@ -22,10 +22,6 @@ class State(NamedTuple):
 
     blocks: tuple[BlockState, ...]
 
-    def detach(self) -> "State":
-        """The same values without their history."""
-        return State(tuple(BlockState(*(x.detach() for x in block)) for block in self.blocks))
-
 
 def pack(state: State) -> Tensor:
     """All of a state as one (N, D) matrix, a row per sequence: what is stored at borders and chosen between."""

@@ -1,9 +1,11 @@
 """The model section of a recipe, as Lightning sees it: one window in, one loss out, one backward."""
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from infctx.bptt import window_loss
@@ -11,7 +13,7 @@ from infctx.checkpoint import load_model
 from infctx.config import ModelConfig
 from infctx.models.rwkv import init_model
 from infctx.ops.wkv import choose
-from infctx.optim import OptimizerConfig, make_optimizer, make_schedule, total_norm
+from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
 from infctx.segments import Window
 from infctx.state import State, pack, unpack
 
@@ -61,7 +63,11 @@ class InfctxModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what would be wrong silently."""
-        refuse_float16(self.trainer.precision)
+        refuse_precision(self.trainer.precision)
+        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"trainer.strategy {type(self.trainer.strategy).__name__} is not supported: choose auto or ddp"
+            )
         need = self.trainer.datamodule.tokenizer.vocab_size  # type: ignore[attr-defined]
         if self.model.config.vocab_size < need:
             raise ValueError(f"data.tokenizer has {need} ids, the model's vocab_size is {self.model.config.vocab_size}")
@@ -82,6 +88,9 @@ class InfctxModule(pl.LightningModule):
         """Note the rate of this step, and the norm of its gradient before clipping."""
         self.learning_rate = next(g["lr"] for g in optimizer.param_groups if g.get("name") != "double")
         self.grad_norm = total_norm(self.model)
+        if not math.isfinite(self.grad_norm):
+            raise FloatingPointError(f"the gradient's norm is {self.grad_norm} at step {self.trainer.global_step + 1}: "
+                                     "no update was made from it; lower model.optimizer.lr")  # fmt: skip
 
     def take_step_sums(self, seconds: float) -> dict[str, Tensor]:
         """Sums over the optimizer step just made and over all ranks; counts them into the run."""
@@ -132,6 +141,7 @@ class InfctxModule(pl.LightningModule):
         """Go on with the lanes, generators and counts of the checkpoint."""
         if not self._resumed:
             return
+        apply_config(self.optimizers(), self.lr_schedulers(), self.model, self.optimizer)
         own, rank = self._resumed, self.trainer.global_rank
         if own["lanes"] is not None:
             rows = own["lanes"].chunk(self.trainer.world_size)[rank].to(self.device)
@@ -147,10 +157,10 @@ class InfctxModule(pl.LightningModule):
         return self.all_gather(rows.to(self.device)).flatten(0, 1).cpu()  # type: ignore[union-attr]
 
 
-def refuse_float16(precision: object) -> None:
-    """Its loss scale would reach only a part of the gradient, and states overflow it. Raises: ValueError."""
-    if "16" in str(precision) and "bf16" not in str(precision):
-        raise ValueError(f"trainer.precision {precision}: float16 is not supported: choose bf16-mixed or 32-true")
+def refuse_precision(precision: object) -> None:
+    """float32 and bfloat16 only: float16's loss scale would reach a part of the gradient. Raises: ValueError."""
+    if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
+        raise ValueError(f"trainer.precision {precision} is not supported: choose bf16-mixed or 32-true")
 
 
 def _refuse_non_finite(loss: Tensor, metrics: dict[str, Tensor], window: Window, index: int) -> None:

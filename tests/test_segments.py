@@ -30,7 +30,7 @@ def loaders(documents, lanes, ranks, segments, epoch=0, accumulate=1, length=32,
 
     size = lanes // ranks
     return [
-        WindowLoader(documents, plan, range(r * size, (r + 1) * size), accumulate, epoch, {"seed": seed})
+        WindowLoader(documents, plan, range(r * size, (r + 1) * size), accumulate, epoch, {"data.seed": seed})
         for r in range(ranks)
     ]
 
