@@ -101,7 +101,8 @@ class CLI(LightningCLI):
         refuse_precision(config.trainer.precision)  # here, since Lightning itself would take another one on a CPU
         if self.subcommand == "fit":
             self.run_folder, self.resume = _decide(config)
-            print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add what a run writes."""

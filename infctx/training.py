@@ -146,9 +146,9 @@ class InfctxModule(pl.LightningModule):
         if own["lanes"] is not None:
             rows = own["lanes"].chunk(self.trainer.world_size)[rank].to(self.device)
             self.lanes = unpack(rows, self.model.initial_state(1))
-        torch.set_rng_state(own["rng"][rank % len(own["rng"])])
+        torch.set_rng_state(own["rng"][rank % len(own["rng"])].clone())  # torch crashes on a row of a matrix
         if own["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda_rng"][rank % len(own["cuda_rng"])], self.device)
+            torch.cuda.set_rng_state(own["cuda_rng"][rank % len(own["cuda_rng"])].clone(), self.device)
         self.counts, self._resumed = dict(own["counts"]), {}
 
     def _gather(self, rows: Tensor) -> Tensor:

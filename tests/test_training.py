@@ -240,3 +240,60 @@ def test_checkpoints_are_pruned(project, monkeypatch):
 
 def test_recipe_of_the_tests_has_the_stable_keys():
     assert all(key in RECIPE for key in ("model:", "data:", "checkpoint:", "seed_everything:", "trainer:"))
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.accumulate_grad_batches", "2"]], ids=["plain", "accumulate"])
+def test_stopped_in_mid_epoch_and_continued(project, monkeypatch, options):
+    """max_steps ends a run, not its epoch: nothing of it is left out when the run goes on."""
+    command = ["fit", "-c", "recipe.yaml", "--model.optimizer.schedule", "constant", *options]
+    run(monkeypatch, *command, "--name", "whole")
+    run(monkeypatch, *command, "--name", "cut", "--trainer.max_steps", "3")
+    run(monkeypatch, *command, "--name", "cut", "--resume", "auto")
+    assert timeless(lines(project, "cut")) == timeless(lines(project, "whole"))
+    assert same(final(project, "cut")[0], final(project, "whole")[0])
+
+
+def test_the_recipe_rules_the_rates_of_a_resumed_run(project, monkeypatch):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--trainer.max_steps", "3")
+    change = ["--model.optimizer.lr", "1e-5", "--model.optimizer.schedule", "constant"]
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--resume", "auto", *change)
+    assert [x["lr"] for x in lines(project, "a")][3:] == [1e-5] * (len(lines(project, "a")) - 3)
+
+
+def test_resumed_from_an_earlier_step(project, monkeypatch, capsys):
+    """What the run left behind beyond that step is another history: it goes, and says so."""
+    command = ["fit", "-c", "recipe.yaml", "--checkpoint.every_n_steps", "1", "--checkpoint.keep", "3"]
+    run(monkeypatch, *command, "--name", "a")
+    steps = len(lines(project, "a"))
+    capsys.readouterr()
+    path = f"runs/a/checkpoints/step-{steps - 2}"
+    run(monkeypatch, *command, "--resume", path, "--trainer.max_steps", str(steps - 1))
+    assert final(project, "a")[1] == f"step-{steps - 1}" and len(lines(project, "a")) == steps - 1
+    assert f"step-{steps}" in capsys.readouterr().out
+
+
+def test_limited_epochs_count_what_they_read(project, monkeypatch):
+    """The last step of a limited epoch is divided by the tokens it has, not by those it would have had."""
+    options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches"]
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", *options, "1")
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "b", *options, "1", "--trainer.accumulate_grad_batches", "2")
+    assert timeless(lines(project, "a")) == timeless(lines(project, "b"))
+
+
+def test_non_finite_gradient_makes_no_update(project, monkeypatch, capsys):
+    monkeypatch.setattr("infctx.training.total_norm", lambda model: float("inf"))
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a")
+    assert "the gradient's norm is inf at step 1: no update was made" in capsys.readouterr().err
+    assert not list((project / "runs" / "a").glob("checkpoints/step-*"))
+
+
+def test_a_run_left_in_the_middle_of_a_line(project, monkeypatch):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a")
+    file = project / "runs" / "a" / "metrics.jsonl"
+    rows = lines(project, "a")
+    file.write_text(file.read_text()[:-20])
+    (project / "runs" / "a" / "ended.json").write_text("")
+    run(monkeypatch, "report", "runs/a")
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--resume", "auto", "--trainer.max_epochs", "3")
+    assert timeless(lines(project, "a"))[: len(rows) - 1] == timeless(rows)[:-1]
