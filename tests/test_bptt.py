@@ -37,7 +37,7 @@ def plain(model, window, flat, horizon=None, dropout=None):
     for segment in range(window.tokens.shape[1]):
         for lane in range(len(states)):
             if horizon and segment and segment % horizon == 0:
-                states[lane] = states[lane].detach()
+                states[lane] = unpack(pack(states[lane]).detach(), like)
             for t in range(window.tokens.shape[2]):
                 at = (lane, segment, t)
                 if window.ids[at] < 0:
@@ -70,7 +70,9 @@ def test_window_equals_autograd(arch, horizon):
     ours, metrics, state = gradient(model, window, flat, horizon)
     loss, states = plain(model, window, flat, horizon)
     sources = [flat, *(p for p in model.parameters() if p.requires_grad)]
-    assert worst(ours, [loss, *torch.autograd.grad(loss, sources)]) < 1e-10
+    difference = worst(ours, [loss, *torch.autograd.grad(loss, sources)])
+    print(f"{arch}, horizon {horizon}: worst relative difference of loss and gradients {difference:.1e}")
+    assert difference < 1e-10
     assert worst([pack(state)], [torch.cat([pack(s) for s in states])]) < 1e-12
     assert int(metrics["tokens"]) == int((window.targets != -100).sum())
     assert float(metrics["loss_sum"] / metrics["tokens"]) == pytest.approx(float(loss), rel=1e-12)
