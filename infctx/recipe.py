@@ -106,9 +106,10 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add what a run writes."""
-        own: dict[str, Any] = {"plugins": [FolderCheckpoints()], "logger": False}
+        given = self._get(self.config_init, "trainer")
+        plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
+        own: dict[str, Any] = {"plugins": [*filter(None, plugins), FolderCheckpoints()], "logger": False}
         if self.subcommand == "fit":
-            given = self._get(self.config_init, "trainer")
             metrics = Metrics(self.run_folder)
             checkpoint = self._get(self.config_init, "checkpoint")
             checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
