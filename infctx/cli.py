@@ -3,7 +3,8 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import chain
 from typing import Literal
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -54,7 +55,7 @@ def generate(
     )
     first = next(ids, None)  # errors come before the prompt is repeated
     print(prompt, end="", flush=True)
-    for piece in words.stream(_chain(first, ids)):
+    for piece in words.stream(chain([] if first is None else [first], ids)):
         print(piece, end="", flush=True)
     print()
 
@@ -106,12 +107,6 @@ def _overview() -> str:
     return "\n".join(
         ["infctx COMMAND ..., and COMMAND --help for its options", *(f"  {k:9} {v}" for k, v in rows.items())]
     )
-
-
-def _chain(first: int | None, rest: Iterator[int]) -> Iterator[int]:
-    if first is not None:
-        yield first
-        yield from rest
 
 
 def _quiet() -> None:
