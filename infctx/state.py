@@ -14,22 +14,49 @@ class BlockState(NamedTuple):
 
     att_shift: Tensor  # (N, C) last input of time mixing
     ffn_shift: Tensor  # (N, C) last input of channel mixing
-    wkv: Tensor  # (N, H, V, K)
+    wkv: Tensor  # (N, H, V, K); RWKV-4 (N, 3, C): numerator, denominator, max exponent; GOLD layers (N, 0)
+
+
+class KeyMemory(NamedTuple):
+    """GoldFinch: what its attention layers keep of the M tokens read so far, the sequences end to end."""
+
+    tokens: Tensor  # (M,) int32
+    keys: Tensor  # (M, R) compressed keys in the computing precision
+    cu_seqlens: Tensor  # (N + 1,) int32
 
 
 class State(NamedTuple):
-    """The state of a model: one BlockState per layer."""
+    """The state of a model: one BlockState per layer, and GoldFinch's memory, which grows."""
 
     blocks: tuple[BlockState, ...]
+    memory: KeyMemory | None = None
 
 
 def pack(state: State) -> Tensor:
-    """All of a state as one (N, D) matrix, a row per sequence: what is stored at borders and chosen between."""
+    """The blocks of a state as one (N, D) matrix, a row per sequence: what is stored at borders and chosen between."""
     return torch.cat([x.flatten(1) for block in state.blocks for x in block], 1)
 
 
-def unpack(flat: Tensor, like: State) -> State:
+def unpack(flat: Tensor, like: State, memory: KeyMemory | None = None) -> State:
     """The inverse of `pack`: a State of views into (N, D), shaped as `like` is (whose N may differ)."""
     shapes = [[x.shape[1:] for x in block] for block in like.blocks]
     parts = iter(flat.split([shape.numel() for block in shapes for shape in block], 1))
-    return State(tuple(BlockState(*(next(parts).unflatten(1, shape) for shape in block)) for block in shapes))
+    return State(tuple(BlockState(*(next(parts).unflatten(1, shape) for shape in block)) for block in shapes), memory)
+
+
+def select(state: State, rows: Tensor) -> State:
+    """The states of some sequences. Args: rows (N',) int64, in any order, also repeated."""
+    blocks = tuple(BlockState(*(x[rows] for x in block)) for block in state.blocks)
+    if state.memory is None:
+        return State(blocks)
+    tokens, keys, borders = state.memory
+    place, chosen = ragged(borders, rows)
+    return State(blocks, KeyMemory(tokens[place], keys[place], chosen))
+
+
+def ragged(cu_seqlens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the elements of some sequences lie: (M',) int64 places, and the borders (N' + 1,) of what they give."""
+    lengths = cu_seqlens.diff()[rows]
+    borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+    offset = (cu_seqlens[rows] - borders[:-1]).long()
+    return torch.arange(int(borders[-1]), device=rows.device) + torch.repeat_interleave(offset, lengths.long()), borders

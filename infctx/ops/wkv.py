@@ -7,6 +7,7 @@ and the T tokens are sequences end to end, each with its own state in and out.
 import logging
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,43 @@ log = logging.getLogger(__name__)
 
 # The compiled CPU kernel, CUDA and flash-linear-attention add a row each.
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+
+
+def wkv4(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, state: Tensor, cu_seqlens: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """y_t = (N + e^(u+k) v) / (D + e^(u+k)) ; N <- e^w N + e^k v ; D <- e^w D + e^k   (RWKV-4, arXiv:2305.13048, 3.2).
+
+    Args:
+        w, u: (C,) log decay <= 0, and the bonus of the current token. k, v: (B, T, C), any T >= 0.
+        state: (B, 3, C) n, d and exponent m with N = n e^m and D = d e^m, or (sequences, 3, C) with cu_seqlens. Nothing
+            read yet: 0, 0, -1e38. The exponent has no gradient; those of n and d are taken at the stored exponent.
+        cu_seqlens, backend: as `wkv7`.
+    Returns: y (B, T, C) in the dtype of v, and the outgoing state. Raises: as `wkv7`.
+    """
+    n = _check({"k": k, "v": v}, cu_seqlens, 3)
+    _require(w.shape == u.shape == v.shape[2:], f"w and u must be (C,), got {tuple(w.shape)} and {tuple(u.shape)}")
+    _check_state(state, (n, 3, v.shape[2]), v)
+    return torch.ops.infctx.wkv4(w, u, k, v, state, cu_seqlens, _backend(backend, v))
+
+
+def wkv6(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y = (S + v (u k)^T) r ; S <- S diag(e^w) + v k^T   (RWKV-5 and RWKV-6, arXiv:2404.05892, section 4).
+
+    Args:
+        r, k, v, w: (B, T, H, N), any T >= 0; w is the log decay, <= 0 without bound.
+        u: (H, N) the bonus of the current token.
+        state: (B, H, N, N) as (value, key), or (sequences, H, N, N) with cu_seqlens. cu_seqlens, backend: as `wkv7`.
+    Returns: y (B, T, H, N) in the dtype of v, and the outgoing state. Raises: as `wkv7`.
+    """
+    n = _check({"r": r, "k": k, "v": v, "w": w}, cu_seqlens, 4)
+    heads, size = v.shape[2:]
+    _require(u.shape == (heads, size), f"u must be (H, N) = {(heads, size)}, got {tuple(u.shape)}")
+    _check_state(state, (n, heads, size, size), v)
+    return torch.ops.infctx.wkv6(r, k, v, w, u, state, cu_seqlens, _backend(backend, v))
 
 
 def wkv7(
@@ -35,10 +73,10 @@ def wkv7(
     Raises:
         ValueError: shapes, dtypes or backend do not fit.
     """
-    _check((r, w, k, v, a, b), state, cu_seqlens)
-    # Tiles are made for many tokens: one at a time, as generation needs them, the plain recurrence is faster.
-    name = "reference" if backend == "auto" and r.shape[1] == 1 else choose(backend, r.device.type)
-    return torch.ops.infctx.wkv7(r, w, k, v, a, b, state, cu_seqlens, name)
+    n = _check({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, cu_seqlens, 4)
+    heads, size = v.shape[2:]
+    _check_state(state, (n, heads, size, size), v)
+    return torch.ops.infctx.wkv7(r, w, k, v, a, b, state, cu_seqlens, _backend(backend, v))
 
 
 def choose(backend: str, device: str) -> str:
@@ -59,67 +97,87 @@ def _announce(name: str, device: str) -> str:
     return name
 
 
-@torch.library.custom_op("infctx::wkv7", mutates_args=())
-def _wkv7(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
-    cu_seqlens: Tensor | None, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    inputs = tuple(x.flatten(0, 1).to(state.dtype) for x in (r, w, k, v, a, b))
-    with torch.autocast(r.device.type, enabled=False):  # it would reach the backend's own matrix products
-        y, last = BACKENDS[backend].wkv7_forward(inputs, state, _lengths(r, cu_seqlens))
-    return y.view(v.shape).to(v.dtype, copy=True), last
+def _backend(backend: str, v: Tensor) -> str:
+    # Tiles are made for many tokens: one at a time, as generation needs them, the plain recurrence is faster.
+    return "reference" if backend == "auto" and v.shape[1] == 1 else choose(backend, v.device.type)
 
 
-@_wkv7.register_fake
-def _(r, w, k, v, a, b, state, cu_seqlens, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(v, memory_format=torch.contiguous_format), torch.empty_like(state)
+def _declare(name: str, inputs: str, constants: str = "") -> None:
+    """Declare an op and its gradient to torch. Args: names of the inputs in order; constants: those without tokens."""
+    names = inputs.split()
+    tokens = [x not in constants.split() for x in names]
+    at_v, count = names.index("v"), len(names)
+    given = ", ".join(f"Tensor {x}" for x in names) + ", Tensor state, Tensor? cu_seqlens, str backend"
+
+    def prepared(args: Any) -> tuple[tuple[Tensor, ...], Tensor, list[int], Any]:
+        tensors, (state, cu_seqlens, backend) = args[:count], args[count : count + 3]
+        flat = tuple((x.flatten(0, 1) if t else x).to(state.dtype) for x, t in zip(tensors, tokens, strict=True))
+        return flat, state, _lengths(tensors[at_v], cu_seqlens), BACKENDS[backend]
+
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        flat, state, lengths, module = prepared(args)
+        with torch.autocast(state.device.type, enabled=False):  # it would reach the backend's own matrix products
+            y, last = getattr(module, f"{name}_forward")(flat, state, lengths)
+        return y.view(args[at_v].shape).to(args[at_v].dtype, copy=True), last
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        flat, state, lengths, module = prepared(args)
+        dy, dstate = args[-2].flatten(0, 1).to(state.dtype), args[-1]
+        with torch.autocast(state.device.type, enabled=False):
+            *grads, first = getattr(module, f"{name}_backward")(flat, state, dy, dstate, lengths)
+        return *(g.view(x.shape).to(x.dtype) for g, x in zip(grads, args[:count], strict=True)), first
+
+    def empty(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.backend = inputs[-1]
+
+    def gradient(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+        call = getattr(torch.ops.infctx, f"{name}_backward")
+        return *call(*ctx.saved_tensors, ctx.backend, dy, dstate), None, None
+
+    out = ", ".join(["Tensor"] * (count + 1))
+    op = torch.library.custom_op(f"infctx::{name}", forward, mutates_args=(), schema=f"({given}) -> (Tensor, Tensor)")
+    back = torch.library.custom_op(
+        f"infctx::{name}_backward", backward, mutates_args=(), schema=f"({given}, Tensor dy, Tensor dstate) -> ({out})"
+    )
+    op.register_fake(lambda *args: (empty(args[at_v]), empty(args[count])))
+    back.register_fake(lambda *args: tuple(empty(x) for x in args[: count + 1]))
+    op.register_autograd(gradient, setup_context=setup)
 
 
-@torch.library.custom_op("infctx::wkv7_backward", mutates_args=())
-def _wkv7_backward(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor,
-    cu_seqlens: Tensor | None, backend: str, dy: Tensor, dstate: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *inputs, dy = (x.flatten(0, 1).to(state.dtype) for x in (r, w, k, v, a, b, dy))
-    with torch.autocast(r.device.type, enabled=False):
-        *grads, dlast = BACKENDS[backend].wkv7_backward(tuple(inputs), state, dy, dstate, _lengths(r, cu_seqlens))
-    dr, dw, dk, dv, da, db = (g.view(x.shape).to(x.dtype) for g, x in zip(grads, (r, w, k, v, a, b), strict=True))
-    return dr, dw, dk, dv, da, db, dlast
+def _lengths(v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    return [v.shape[1]] * v.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
 
 
-@_wkv7_backward.register_fake
-def _(r, w, k, v, a, b, state, cu_seqlens, backend, dy, dstate):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, w, k, v, a, b, state))
+def _require(true: bool, message: str) -> None:
+    if not true:
+        raise ValueError(message)
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, cu_seqlens, backend = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens)
-    ctx.backend = backend
+def _check(inputs: dict[str, Tensor], cu_seqlens: Tensor | None, axes: int) -> int:
+    """The number of sequences, if the shapes fit."""
+    shapes = {x.shape for x in inputs.values()}
+    layout = {3: "(B, T, C)", 4: "(B, T, H, N)"}[axes]
+    if len(shapes) != 1 or len(next(iter(shapes))) != axes:
+        found = [tuple(x.shape) for x in inputs.values()]
+        raise ValueError(f"{', '.join(inputs)} must all be {layout}, got {found}")
+    rows = next(iter(shapes))[0]
+    _require(
+        cu_seqlens is None or rows == 1, f"cu_seqlens needs B = 1 with the sequences end to end along T, got B = {rows}"
+    )
+    return rows if cu_seqlens is None else len(cu_seqlens) - 1
 
 
-def _backward(ctx, dy, dstate):  # type: ignore[no-untyped-def]
-    return *torch.ops.infctx.wkv7_backward(*ctx.saved_tensors, ctx.backend, dy, dstate), None, None
+def _check_state(state: Tensor, shape: tuple[int, ...], v: Tensor) -> None:
+    layout = "(sequences, 3, C)" if len(shape) == 3 else "(sequences, H, N, N)"
+    _require(state.shape == shape, f"state must be {layout} = {shape}, got {tuple(state.shape)}")
+    wanted = torch.float64 if v.dtype == torch.float64 else torch.float32
+    _require(state.dtype == wanted, f"state must be {wanted} for {v.dtype} inputs, got {state.dtype}")
 
 
-_wkv7.register_autograd(_backward, setup_context=_setup)
-
-
-def _lengths(r: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    return [r.shape[1]] * r.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
-
-
-def _check(inputs: tuple[Tensor, ...], state: Tensor, cu_seqlens: Tensor | None) -> None:
-    shape = inputs[0].shape
-    if len(shape) != 4 or any(x.shape != shape for x in inputs):
-        raise ValueError(f"r, w, k, v, a, b must all be (B, T, H, N), got {[tuple(x.shape) for x in inputs]}")
-    n = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    if state.shape != (n, shape[2], shape[3], shape[3]):
-        raise ValueError(
-            f"state must be (sequences, H, N, N) = {(n, shape[2], shape[3], shape[3])}, got {tuple(state.shape)}"
-        )
-    wanted = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
-    if state.dtype != wanted:
-        raise ValueError(f"state must be {wanted} for {inputs[0].dtype} inputs, got {state.dtype}")
-    if cu_seqlens is not None and shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs B = 1 with the sequences end to end along T, got B = {shape[0]}")
+_declare("wkv4", "w u k v", constants="w u")
+_declare("wkv6", "r k v w u", constants="u")
+_declare("wkv7", "r w k v a b")
