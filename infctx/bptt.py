@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from infctx.loss import IGNORED, token_losses
+from infctx.memory import WindowMemory
 from infctx.segments import Sequences, Window, sequences
-from infctx.state import State, pack, unpack
+from infctx.state import KeyMemory, State, pack, select, unpack
 
 POSITION_BUCKETS = 40  # bucket i holds positions 2^i - 1 to 2^(i+1) - 2 of a document
 
@@ -54,13 +55,22 @@ def window_loss(
     lanes = pack(state) if state is not None else fresh.expand(len(window.tokens), -1)
     if normaliser is None:
         normaliser = (window.targets != IGNORED).sum().clamp(min=1)
-    task = _Task(model, window, like, horizon or window.tokens.shape[1], normaliser, l2_penalty, _Metrics.zeros(window))
+    past = state if state is not None and state.memory else select(like, torch.zeros(len(lanes), dtype=torch.long))
+    carried = past.memory
+    memory = None if carried is None else WindowMemory(window, carried, _precision(carried.keys))
+    horizon = horizon or window.tokens.shape[1]
+    task = _Task(model, window, like, horizon, normaliser, l2_penalty, _Metrics.zeros(window), memory)
     if torch.is_grad_enabled():
         parameters = [p for p in model.parameters() if p.requires_grad]
-        loss, carried = _WindowGradient.apply(task, lanes, fresh, *parameters)
+        loss, lanes = _WindowGradient.apply(task, lanes, carried and carried.keys, fresh, *parameters)
     else:
-        loss, carried = _forward_only(task, lanes, fresh)
-    return loss, task.metrics._asdict(), unpack(carried, like)
+        loss, lanes = _forward_only(task, lanes, fresh)
+    return loss, task.metrics._asdict(), unpack(lanes, like, None if memory is None else memory.after())
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Metrics(NamedTuple):
@@ -95,15 +105,31 @@ class _Task(NamedTuple):
     normaliser: Tensor | int
     l2_penalty: float
     metrics: _Metrics
+    memory: WindowMemory | None
 
-    def advance(self, segment: int, lanes: Tensor, fresh: Tensor) -> tuple[Tensor | None, Sequences, Tensor]:
-        """Run one segment from the lanes' states (B, D): features (M, C), its sequences, the lanes' states after it."""
+    def advance(
+        self, segment: int, lanes: Tensor, fresh: Tensor, past: KeyMemory | None
+    ) -> tuple[Tensor | None, Sequences, Tensor, KeyMemory | None]:
+        """Run one segment from the lanes' states (B, D).
+
+        Returns: features (M, C), its sequences, the lanes' states after it, the memory of the sequences after it.
+        """
         s = sequences(self.window, segment)
         if not s.tokens.numel():
-            return None, s, lanes
+            return None, s, lanes, None
         rows = torch.where(s.fresh.unsqueeze(1), fresh, lanes[s.lane])
-        x, after = self.model.features(s.tokens, unpack(rows, self.like), s.cu_seqlens)
-        return x.squeeze(0), s, torch.cat([pack(after), lanes])[s.last]
+        x, after = self.model.features(s.tokens, unpack(rows, self.like, past), s.cu_seqlens)
+        return x.squeeze(0), s, torch.cat([pack(after), lanes])[s.last], after.memory
+
+    def advance_without_graph(
+        self, segment: int, lanes: Tensor, fresh: Tensor
+    ) -> tuple[Tensor | None, Sequences, Tensor]:
+        """As `advance`, and keep what the memory grows by."""
+        past = None if self.memory is None else self.memory.before(segment)
+        x, s, lanes, grown = self.advance(segment, lanes, fresh, past)
+        if self.memory is not None and grown is not None:
+            self.memory.store(segment, grown)
+        return x, s, lanes
 
     def loss(self, segment: int, x: Tensor, s: Sequences) -> Tensor:
         """The summed loss of a segment, noted in the metrics."""
@@ -119,7 +145,7 @@ class _Task(NamedTuple):
 def _forward_only(task: _Task, lanes: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
     total = lanes.new_zeros(())
     for segment in range(task.window.tokens.shape[1]):
-        x, s, lanes = task.advance(segment, lanes, fresh)
+        x, s, lanes = task.advance_without_graph(segment, lanes, fresh)
         if x is not None:
             total = total + task.loss(segment, x, s)
     return task.divide(total), lanes
@@ -129,7 +155,7 @@ class _WindowGradient(torch.autograd.Function):
     """The whole of forward and backward, done in forward; backward hands the gradients over."""
 
     @staticmethod
-    def forward(ctx, task, lanes, fresh, *parameters):  # type: ignore[no-untyped-def]
+    def forward(ctx, task, lanes, keys, fresh, *parameters):  # type: ignore[no-untyped-def]
         gradient = _Gradient(task, fresh.detach(), parameters)
         loss, carried = gradient.window(lanes.detach())
         ctx.grads = gradient.result()
@@ -152,6 +178,7 @@ class _Gradient:
         self.task, self.fresh, self.parameters = task, fresh.requires_grad_(), parameters
         self.sums: list[Tensor] | None = None
         self.lanes: Tensor | None = None
+        self.keys: Tensor | None = None
         self.seed = int(torch.randint(2**62, ()))
 
     def window(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,12 +196,15 @@ class _Gradient:
                 total = total + loss
             if begin == 0:
                 self.lanes = g
+            if self.task.memory is not None:
+                self.keys = self.task.memory.carried_gradient() if begin == 0 else self.keys
+                self.task.memory.cut()
         return self.task.divide(total), lanes
 
     def result(self) -> tuple[Tensor | None, ...]:
-        """Gradients of the lanes' states, the fresh state and each parameter, in their dtypes; zeros, never None."""
+        """Gradients of the lanes' states and memory, the fresh state and each parameter; zeros, never None."""
         fresh, *sums = self.sums or [torch.zeros_like(p) for p in (self.fresh, *self.parameters)]
-        return self.lanes, fresh, *(g.to(p.dtype) for g, p in zip(sums, self.parameters, strict=True))
+        return self.lanes, self.keys, fresh, *(g.to(p.dtype) for g, p in zip(sums, self.parameters, strict=True))
 
     def _borders(self, group: range, lanes: Tensor, borders: Tensor) -> None:
         """Pass 1: the state before each segment of the group."""
@@ -183,21 +213,30 @@ class _Gradient:
                 borders[i] = lanes
                 if segment != group[-1]:
                     with _seeded(self.seed + segment, lanes.device):
-                        _, _, lanes = self.task.advance(segment, lanes, self.fresh)
+                        _, _, lanes = self.task.advance_without_graph(segment, lanes, self.fresh)
         torch.clear_autocast_cache()  # casts made without a graph: pass 2 would silently learn nothing from them
 
     @torch.enable_grad()
     def _segment(self, segment: int, before: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pass 2: the loss of a segment, the lanes' states after it, and the gradient of those before it."""
-        before = before.detach().requires_grad_()
+        before, memory = before.detach().requires_grad_(), self.task.memory
+        past = memory.before(segment) if memory is not None else None
+        sources = [before, self.fresh, *self.parameters]
+        if past is not None:
+            sources.append(past.keys.requires_grad_())
         with _seeded(self.seed + segment, before.device):
-            x, s, after = self.task.advance(segment, before, self.fresh)
+            x, s, after, grown = self.task.advance(segment, before, self.fresh, past)
         if x is None:
             return g.new_zeros(()), before.detach(), g
         loss = self.task.loss(segment, x, s)
-        sources = (before, self.fresh, *self.parameters)
-        seeds = (self.task.divide(torch.ones_like(loss)), g)
-        g, *grads = torch.autograd.grad((loss, after), sources, seeds, allow_unused=True, materialize_grads=True)
+        results, seeds = [loss, after], [self.task.divide(torch.ones_like(loss)), g]
+        if memory is not None and grown is not None:
+            memory.store(segment, grown)
+            results.append(grown.keys)
+            seeds.append(memory.seed(segment, grown))
+        g, *grads = torch.autograd.grad(results, sources, seeds, allow_unused=True, materialize_grads=True)
+        if memory is not None:
+            memory.add(segment, grads.pop())
         self._add(grads)
         return loss.detach(), after.detach(), g
 

@@ -43,16 +43,18 @@ class OptimizerConfig:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trained parameters as matrices (decayed), the rest, and what learns at twice the rate, as RWKV-LM groups them."""
-    double = {
-        id(getattr(module, name)) for module in model.modules() for name in getattr(module, "double_lr", ())
-    }  # a mixer names its decay base so
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "double": []}
+    """Trained parameters as matrices (decayed), the rest, and what learns at 2 or 3 times the rate, as in RWKV-LM."""
+    scale = {  # a mixer names its decay base so
+        id(getattr(module, name)): factor
+        for module in model.modules()
+        for name, factor in getattr(module, "lr_scale", {}).items()
+    }
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "double": [], "triple": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            matrix = name.endswith(".weight") and p.squeeze().dim() >= 2
-            groups["double" if id(p) in double else "matrices" if matrix else "rest"].append(p)
-    decay, factor = {"matrices": config.weight_decay}, {"double": 2.0}
+            matrix = "matrices" if name.endswith(".weight") and p.squeeze().dim() >= 2 else "rest"
+            groups[{2.0: "double", 3.0: "triple"}.get(scale.get(id(p), 1.0), matrix)].append(p)
+    decay, factor = {"matrices": config.weight_decay}, {"double": 2.0, "triple": 3.0}
     return [
         {"name": name, "params": params, "weight_decay": decay.get(name, 0.0), "lr": config.lr * factor.get(name, 1.0)}
         for name, params in groups.items()

@@ -54,9 +54,29 @@ def select(state: State, rows: Tensor) -> State:
     return State(blocks, KeyMemory(tokens[place], keys[place], chosen))
 
 
+def join(memories: list[KeyMemory]) -> KeyMemory:
+    """The memories of all sequences, those of the first one first."""
+    lengths = torch.cat([memory.cu_seqlens.diff() for memory in memories])
+    borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+    return KeyMemory(torch.cat([x.tokens for x in memories]), torch.cat([x.keys for x in memories]), borders)
+
+
 def ragged(cu_seqlens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where the elements of some sequences lie: (M',) int64 places, and the borders (N' + 1,) of what they give."""
     lengths = cu_seqlens.diff()[rows]
     borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
     offset = (cu_seqlens[rows] - borders[:-1]).long()
     return torch.arange(int(borders[-1]), device=rows.device) + torch.repeat_interleave(offset, lengths.long()), borders
+
+
+def ragged_append(memory: KeyMemory, tokens: Tensor, keys: Tensor, cu_seqlens: Tensor) -> KeyMemory:
+    """Add new positions at the end of each sequence. Args: tokens (T,) int32, keys (T, R), borders (N + 1,) of both."""
+    old, new = memory.cu_seqlens, cu_seqlens.to(memory.cu_seqlens)
+    borders = old + new
+    total = int(borders[-1])
+    sequence = torch.repeat_interleave(torch.arange(len(old) - 1, device=old.device), borders.diff().long())
+    place = torch.arange(total, device=old.device) - borders[sequence]
+    past = old.diff()[sequence]
+    source = torch.where(place < past, old[sequence] + place, int(old[-1]) + new[sequence] + place - past).long()
+    both = torch.cat([memory.keys.to(keys.dtype), keys])
+    return KeyMemory(torch.cat([memory.tokens, tokens])[source], both[source], borders)

@@ -15,7 +15,7 @@ from infctx.models.rwkv import init_model
 from infctx.ops.wkv import choose
 from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
 from infctx.segments import Window
-from infctx.state import State, pack, unpack
+from infctx.state import KeyMemory, State, join, pack, select, unpack
 
 
 class InfctxModule(pl.LightningModule):
@@ -86,7 +86,7 @@ class InfctxModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Note the rate of this step, and the norm of its gradient before clipping."""
-        self.learning_rate = next(g["lr"] for g in optimizer.param_groups if g.get("name") != "double")
+        self.learning_rate = next(g["lr"] for g in optimizer.param_groups if g.get("name") not in ("double", "triple"))
         self.grad_norm = total_norm(self.model)
         if not math.isfinite(self.grad_norm):
             raise FloatingPointError(f"the gradient's norm is {self.grad_norm} at step {self.trainer.global_step + 1}: "
@@ -128,6 +128,7 @@ class InfctxModule(pl.LightningModule):
         device = self.device.type == "cuda"
         checkpoint["infctx"] = {
             "lanes": lanes,
+            "memory": self._gather_memory(),
             "rng": self._gather(torch.get_rng_state().unsqueeze(0)),
             "cuda_rng": self._gather(torch.cuda.get_rng_state(self.device).unsqueeze(0)) if device else None,
             "counts": dict(self.counts),
@@ -145,11 +146,28 @@ class InfctxModule(pl.LightningModule):
         own, rank = self._resumed, self.trainer.global_rank
         if own["lanes"] is not None:
             rows = own["lanes"].chunk(self.trainer.world_size)[rank].to(self.device)
-            self.lanes = unpack(rows, self.model.initial_state(1))
+            self.lanes = unpack(rows, self.model.initial_state(1), self._own_memory(own.get("memory"), len(rows)))
         torch.set_rng_state(own["rng"][rank % len(own["rng"])].clone())  # torch crashes on a row of a matrix
         if own["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"][rank % len(own["cuda_rng"])].clone(), self.device)
         self.counts, self._resumed = dict(own["counts"]), {}
+
+    def _gather_memory(self) -> tuple[Tensor, ...] | None:
+        if self.lanes is None or self.lanes.memory is None:
+            return None
+        own = tuple(x.cpu() for x in self.lanes.memory)
+        if self.trainer.world_size == 1:
+            return own
+        all_ranks: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(all_ranks, own)
+        return tuple(join([KeyMemory(*x) for x in all_ranks]))
+
+    def _own_memory(self, memory: tuple[Tensor, ...] | None, lanes: int) -> KeyMemory | None:
+        if memory is None:
+            return None
+        begin = self.trainer.global_rank * lanes
+        own = select(State((), KeyMemory(*memory)), torch.arange(begin, begin + lanes)).memory
+        return own and KeyMemory(*(x.to(self.device) for x in own))
 
     def _gather(self, rows: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

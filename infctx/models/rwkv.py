@@ -3,19 +3,30 @@
 B rows, T tokens, C channels. A new architecture is a file with its mixers and a row in MIXERS.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from infctx.config import ModelConfig
-from infctx.models import rwkv7
-from infctx.models.layers import Shared, pack_sequences
-from infctx.state import BlockState, State
+from infctx.models import goldfinch, rwkv4, rwkv5, rwkv6, rwkv7
+from infctx.models.layers import Shared, linear, pack_sequences
+from infctx.state import BlockState, KeyMemory, State
 
-MIXERS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {"rwkv7": (rwkv7.TimeMix, rwkv7.ChannelMix)}
+Mixer = Callable[[ModelConfig, int], nn.Module]
+_RWKV5: tuple[Mixer, Mixer] = (rwkv5.TimeMix, rwkv5.ChannelMix)
+MIXERS: dict[str, tuple[Mixer, Mixer]] = {
+    "rwkv4": (rwkv4.TimeMix, rwkv4.ChannelMix),
+    **{f"rwkv5{preview}": _RWKV5 for preview in ("", ".0", ".0r2", ".1", ".1r2")},
+    "rwkv6": (rwkv6.TimeMix, rwkv6.ChannelMix),
+    "rwkv7": (rwkv7.TimeMix, rwkv7.ChannelMix),
+    "rwkv7a": (rwkv7.TimeMix, rwkv7.DeepEmbedMix),
+    "goldfinch": (goldfinch.time_mix, goldfinch.ChannelMix),
+}
 
 
 class Block(nn.Module):
-    """One layer: x += att(ln1(x)), then x += ffn(ln2(x)); the first one also normalises the embedding."""
+    """One layer: x += att(ln1(x)), then x += ffn(ln2(x)); the first one also holds the norm of the embedding."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -26,8 +37,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
         """Args: x (B, T, C). Returns: x, what later layers share, and the state after the last token."""
-        if self.ln0 is not None:
-            x = self.ln0(x)
         mixed, shared, state = self.att(self.ln1(x), shared, state)
         x = x + mixed
         mixed, state = self.ffn(self.ln2(x), shared, state)
@@ -48,7 +57,11 @@ class RWKV(nn.Module):
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = linear(config.n_embd, config.vocab_size)
+        if config.n_gold:
+            rank = config.ranks["compress"]
+            self.w_kv_cache_a = linear(config.n_embd, rank)
+            self.w_kv_cache_b = linear(config.n_embd + rank, config.n_embd)
 
     def forward(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
@@ -71,19 +84,26 @@ class RWKV(nn.Module):
         n = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
         state = state or self.initial_state(n)
         packing = None if cu_seqlens is None else pack_sequences(cu_seqlens, tokens.shape[1])
-        shared = Shared(self.kernel, packing)
-        x, after = self.emb(tokens), []
-        for block, before in zip(self.blocks, state.blocks, strict=True):
+        x, after = self.blocks[0].ln0(self.emb(tokens)), []  # type: ignore[operator]
+        shared = Shared(self.kernel, tokens, x, packing)
+        for layer, (block, before) in enumerate(zip(self.blocks, state.blocks, strict=True)):
+            if self.config.n_gold and layer == self.config.n_layer - self.config.n_gold:
+                shared = goldfinch.token_cat(self, x, shared, state.memory or self.empty_memory(n))
             x, shared, block_state = block(x, shared, before)
             after.append(block_state)
-        return self.ln_out(x), State(tuple(after))
+        return self.ln_out(x), State(tuple(after), shared.memory)
 
     def initial_state(self, n: int) -> State:
-        """The state of n sequences before their first token: zeros."""
-        weight, c, size = self.emb.weight, self.config.n_embd, self.config.head_size
-        zeros = weight.new_zeros(n, c, dtype=torch.promote_types(weight.dtype, torch.float32))
-        matrix = zeros.new_zeros(n, c // size, size, size)
-        return State((BlockState(zeros, zeros, matrix),) * self.config.n_layer)
+        """The state of n sequences before their first token."""
+        weight = self.emb.weight
+        zeros = weight.new_zeros(n, self.config.n_embd, dtype=torch.promote_types(weight.dtype, torch.float32))
+        blocks = tuple(BlockState(zeros, zeros, block.att.initial_wkv(zeros)) for block in self.blocks)  # type: ignore
+        return State(blocks, self.empty_memory(n) if self.config.n_gold else None)
+
+    def empty_memory(self, n: int) -> KeyMemory:
+        """What the attention of n sequences remembers before their first token: nothing."""
+        none = torch.zeros(n + 1, dtype=torch.int32, device=self.emb.weight.device)
+        return KeyMemory(none[:0], self.emb.weight.new_zeros(0, self.config.ranks["compress"]), none)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -94,6 +114,9 @@ class RWKV(nn.Module):
         for name, module in self.named_modules():
             if name.endswith((".att", ".ffn")):
                 module.reset()  # type: ignore[operator]
+        for name, module in self.named_modules():
+            if name.startswith("w_kv_cache"):
+                nn.init.orthogonal_(module.weight)  # type: ignore[arg-type]
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, gain=0.5 * max(1.0, self.config.vocab_size / self.config.n_embd) ** 0.5)
 

@@ -5,6 +5,7 @@ Peng et al. 2025, arXiv:2503.14456, section 4 and appendix; initial values as th
 """
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ SLOWEST = -math.exp(-0.5)  # log decay = SLOWEST * sigmoid(.): never below -0.60
 class TimeMix(nn.Module):
     """Time mixing: reads and writes the (V, K) matrix state of each head."""
 
-    double_lr = ("w0",)  # the decay base learns at twice the rate
+    lr_scale: ClassVar[dict[str, float]] = {"w0": 2.0}
     x_r: Tensor  # x_*: (1, 1, C) how much of the token before is mixed in
     x_w: Tensor
     x_k: Tensor
@@ -46,7 +47,8 @@ class TimeMix(nn.Module):
         c, n, self.layer, self.n_layer = config.n_embd, config.head_size, layer, config.n_layer
         for name in "rwkvag":
             self.register_parameter(f"x_{name}", nn.Parameter(torch.empty(1, 1, c)))
-        for name, rank in config.ranks.items():
+        for name in "wavg":
+            rank = config.ranks[name]
             # Published files hold layer 0's value residual, which has nothing to mix with: kept, never trained.
             trained = not (name == "v" and layer == 0)
             shapes = {f"{name}1": (c, rank), f"{name}2": (rank, c)} | ({f"{name}0": (1, 1, c)} if name != "g" else {})
@@ -78,6 +80,11 @@ class TimeMix(nn.Module):
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(x) + bonus.flatten(2)
         return self.output(y * g), shared, state._replace(att_shift=att_shift, wkv=wkv)
+
+    def initial_wkv(self, zeros: Tensor) -> Tensor:
+        """(N, H, V, K) zeros. Args: zeros (N, C)."""
+        h, n = self.r_k.shape
+        return zeros.new_zeros(len(zeros), h, n, n)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, self.r_k.shape)
@@ -127,7 +134,11 @@ class ChannelMix(nn.Module):
         """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
         previous, ffn_shift = token_shift(x, state.ffn_shift, shared.packing)
         k = torch.relu(self.key(x + (previous - x) * self.x_k)) ** 2
-        return self.value(k), state._replace(ffn_shift=ffn_shift)
+        return self.value(self.scaled(k, x, shared)), state._replace(ffn_shift=ffn_shift)
+
+    def scaled(self, k: Tensor, x: Tensor, shared: Shared) -> Tensor:
+        """The hidden channels (B, T, F) as they are."""
+        return k
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -136,3 +147,38 @@ class ChannelMix(nn.Module):
         self.x_k.copy_(1 - (torch.arange(c) / c) ** self.power)
         nn.init.orthogonal_(self.key.weight)
         self.value.weight.zero_()
+
+
+class DeepEmbedMix(ChannelMix):
+    """RWKV-7a: each token scales the hidden channels by a small matrix of its own (DeepEmbed).
+
+    E = s_emb[token] + s_emb_x ln0(emb[token]), as (rank, rank); k *= ((x s1) E) s2 + s0. The formula is that of the
+    `rwkv` package; no official initial values are published: these begin as RWKV-7 (s0 = 1, s1 = 0) with E = I.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        assert config.dim_ffn is not None
+        c, rank = config.n_embd, config.ranks["embed"]
+        self.s_emb = nn.Embedding(config.vocab_size, rank * rank)
+        self.s_emb_x = nn.Linear(c, rank * rank, bias=False)
+        self.s0 = nn.Parameter(torch.empty(1, 1, config.dim_ffn))
+        self.s1 = nn.Parameter(torch.empty(c, rank))
+        self.s2 = nn.Parameter(torch.empty(rank, config.dim_ffn))
+
+    def scaled(self, k: Tensor, x: Tensor, shared: Shared) -> Tensor:
+        """The hidden channels (B, T, F), scaled."""
+        rank = self.s1.shape[1]
+        e = (self.s_emb(shared.tokens) + self.s_emb_x(shared.embedded)).unflatten(-1, (rank, rank))
+        low = torch.einsum("btr,btrs->bts", x @ self.s1, e.to(x.dtype))
+        return k * (low @ self.s2 + self.s0)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Values that leave RWKV-7 as it is."""
+        super().reset()
+        self.s_emb.weight.copy_(torch.eye(self.s1.shape[1]).flatten())
+        self.s_emb_x.weight.zero_()
+        self.s0.fill_(1.0)
+        self.s1.zero_()
+        nn.init.orthogonal_(self.s2, gain=0.1)

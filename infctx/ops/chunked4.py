@@ -58,14 +58,14 @@ def _scan(w: Tensor, added: Sum, first: Sum, lengths: list[int]) -> tuple[Sum, S
     tiles = make_tiles(lengths, w.device)
     parts = Sum(*to_tiles(added, tiles))
     inside = _inside(w, parts)  # as if each tile began with nothing
-    total = Sum(*(x[torch.arange(len(x), device=w.device), tiles.count] for x in inside))
+    total = Sum(*(x[torch.arange(len(x), device=w.device), tiles.sizes] for x in inside))
     state = Sum(*(x[tiles.order] for x in first))
     starts = Sum(*(torch.empty_like(x) for x in total))
     for step in tiles.steps:
         alive = Sum(*(x[: len(step)] for x in state))
         for x, y in zip(starts, alive, strict=True):
             x[step] = y
-        ended = _add(_decay(alive, w * tiles.count[step].unsqueeze(1)), Sum(*(x[step] for x in total)))
+        ended = _add(_decay(alive, w * tiles.sizes[step].unsqueeze(1)), Sum(*(x[step] for x in total)))
         for x, y in zip(state, ended, strict=True):
             x[: len(step)] = y
     age = torch.arange(LENGTH, device=w.device, dtype=w.dtype).unsqueeze(1)

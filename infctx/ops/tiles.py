@@ -15,7 +15,7 @@ class Tiles(NamedTuple):
     source: Tensor  # (tiles * LENGTH,) row of the token in the flattened input; rows past the end are padding
     order: Tensor  # (N,) sequences, most tiles first
     steps: list[Tensor]  # steps[i]: the i-th tile of every sequence that has one (a prefix of `order`)
-    count: Tensor  # (tiles,) tokens in each
+    sizes: Tensor  # (tiles,) tokens in each
 
 
 def make_tiles(lengths: list[int], device: torch.device) -> Tiles:
