@@ -1,95 +1,22 @@
-"""Weights and training state to and from disk: whole or not at all, and never code from a file.
+"""Training state to and from disk: whole or not at all, and never code from a file.
 
-A training checkpoint is a folder: model.safetensors (published names), training.pt (all else) and manifest.json with
+A checkpoint is a folder: model.safetensors (published names), training.pt (all else) and manifest.json with
 the size and hash of both, written last; it is renamed into place at once.
 """
 
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from infctx.config import ModelConfig
-from infctx.models.rwkv import RWKV
+from torch import Tensor
 
 WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
-
-
-def load_model(
-    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", kernel: str = "auto"
-) -> RWKV:
-    """Build the model that a file holds; architecture and sizes are found from its tensors.
-
-    Args:
-        path: .pth, .safetensors, a checkpoint folder, or a run folder (its newest sound checkpoint).
-        dtype: of the parameters; None: the file's. device: where they go. kernel: backend of the recurrence.
-    Raises: FileNotFoundError, or ValueError if the file is not a whole model, or would run code.
-    """
-    weights = read_weights(path)
-    try:
-        config = ModelConfig.from_weights(weights)
-        with torch.device("meta"):
-            model = RWKV(config, kernel)
-        own = {name: p for name, p in model.named_parameters() if not p.requires_grad and name not in weights}
-        spare = {name: torch.zeros(p.shape, dtype=weights["emb.weight"].dtype) for name, p in own.items()}
-        model.load_state_dict(
-            {name: x.to(device, dtype, copy=True) for name, x in (weights | spare).items()}, assign=True
-        )
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {_first_lines(error)}") from None
-    return model
-
-
-def save_model(model: nn.Module, path: str | Path) -> None:
-    """Write the weights under their published names, whole or not at all. Raises: ValueError for an unknown suffix."""
-    path = Path(path)
-    writers: dict[str, Callable[[dict[str, Tensor], Path], None]] = {".pth": torch.save, ".safetensors": save_file}
-    if path.suffix not in writers:
-        raise ValueError(f"{path}: weights are written as {' or '.join(writers)}; end the name so")
-    weights = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        writers[path.suffix](weights, Path(part))
-        Path(part).chmod(0o644)
-        _sync(Path(part))
-        Path(part).replace(path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weight file, memory-mapped. Raises: as `load_model`."""
-    path = Path(path)
-    if path.is_dir():
-        path = (path if (path / WEIGHTS).exists() else newest(path)) / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
-        weights = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: refused: not a plain file of tensors (it is damaged, or would run code)") from None
-    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a readable weight file: {_first_lines(error)}") from None
-    if not isinstance(weights, Mapping) or not all(isinstance(x, Tensor) for x in weights.values()):
-        raise ValueError(f"{path}: expected tensors by name, found other things: is this a checkpoint of a trainer?")
-    return dict(weights)
 
 
 def save_checkpoint(
@@ -107,7 +34,7 @@ def save_checkpoint(
     if folder.exists():
         shutil.rmtree(folder)
     part.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _fill(part: Path, weights: dict[str, Tensor], training: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -118,7 +45,7 @@ def _fill(part: Path, weights: dict[str, Tensor], training: dict[str, Any], fact
     }
     (part / MANIFEST).write_text(json.dumps({**facts, "files": files}, indent=1))
     for name in (*files, MANIFEST):
-        _sync(part / name)
+        sync(part / name)
     part.chmod(0o755)
 
 
@@ -174,14 +101,10 @@ def _hash(file: Path) -> str:
     return total.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300]

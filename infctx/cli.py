@@ -4,20 +4,25 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
-from infctx.checkpoint import load_model, save_model
+from infctx.commands import chat, generate
+from infctx.convert import convert, init
 from infctx.errors import ShortErrors, UserError
-from infctx.generate import sample
 from infctx.report import write_report
-from infctx.tokenizer import load_tokenizer
+from infctx.weights import load_model, save_model
 
 
 class Parser(ShortErrors, ArgumentParser):
-    """jsonargparse's, with short errors."""
+    """jsonargparse's, with short errors, and switches that take no value: --think, --no_think."""
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        """As jsonargparse's."""
+        if options.get("type") is bool:
+            options = {k: v for k, v in options.items() if k != "type"} | {"action": ActionYesNo}
+        return super().add_argument(*names, **options)
 
 
 def export(run: str, out: str, what: Literal["model"] = "model") -> None:
@@ -30,34 +35,6 @@ def export(run: str, out: str, what: Literal["model"] = "model") -> None:
     """
     save_model(load_model(run), out)
     print(f"{what}: {out}")
-
-
-def generate(
-    model: str, prompt: str = "", max_tokens: int = 256, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0,
-    tokenizer: str = "bytes",
-) -> None:  # fmt: skip
-    """Print a text and what the model makes follow it.
-
-    Args:
-        model: weights: .pth, .safetensors, checkpoint or run folder.
-        prompt: the beginning.
-        max_tokens: at most this many tokens follow.
-        temperature: 0 takes the likeliest token each time.
-        top_p: draw from the fewest tokens that hold this probability.
-        seed: of the draws.
-        tokenizer: bytes.
-    """
-    words, net = load_tokenizer(tokenizer), load_model(model)
-    if net.config.vocab_size < words.vocab_size:
-        raise ValueError(f"tokenizer {tokenizer} has {words.vocab_size} ids, the model only {net.config.vocab_size}")
-    ids = sample(
-        net, [int(i) for i in words.encode(prompt)], max_tokens, temperature, top_p, seed, None, words.vocab_size
-    )
-    first = next(ids, None)  # errors come before the prompt is repeated
-    print(prompt, end="", flush=True)
-    for piece in words.stream(chain([] if first is None else [first], ids)):
-        print(piece, end="", flush=True)
-    print()
 
 
 def report(run: str) -> None:
@@ -74,7 +51,14 @@ RECIPE_COMMANDS = {
     "validate": "Print the loss over held-out documents.",
     "prepare": "Tokenise the documents of a recipe.",
 }
-COMMANDS: dict[str, Callable[..., None]] = {"export": export, "generate": generate, "report": report}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
+    "convert": convert,
+    "export": export,
+    "generate": generate,
+    "chat": chat,
+    "report": report,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,13 +9,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from infctx.bptt import window_loss
-from infctx.checkpoint import load_model
 from infctx.config import ModelConfig
 from infctx.models.rwkv import init_model
 from infctx.ops.wkv import choose
 from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
 from infctx.segments import Window
 from infctx.state import KeyMemory, State, join, pack, select, unpack
+from infctx.weights import load_model
 
 
 class InfctxModule(pl.LightningModule):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "infctx"
 LEVELS = [
-    {"config", "tokenizer", "ops", "errors"},
-    {"state", "segments", "loss"},
-    {"models", "documents"},
+    {"config", "world", "hf_tokenizer", "ops", "errors"},
+    {"sizes"},
+    {"tokenizer", "huggingface", "layouts", "state", "segments", "loss", "sampling"},
+    {"memory", "models", "documents"},
     {"bptt"},
-    {"optim", "checkpoint", "generate", "tuning", "parallel", "report", "plan", "evals"},
-    {"training", "data", "run"},
+    {"optim", "checkpoint", "statefile", "generate", "tuning", "parallel", "report", "plan", "evals"},
+    {"weights", "chat"},
+    {"training", "data", "run", "convert", "commands"},
     {"recipe"},
     {"cli"},
     {"__main__", "__init__"},

@@ -1,0 +1,93 @@
+"""The commands that make and change weight files."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from infctx.models.rwkv import init_model
+from infctx.sizes import WORLD, sized
+from infctx.weights import SUFFIXES, load_model, read_model, save_model, write_model
+from infctx.world import write_tokenizer_files
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+PROMPT = 64  # tokens of the comparison
+
+
+def convert(
+    src: str,
+    dst: str,
+    dtype: Dtype | None = None,
+    verify: bool = False,
+    tokenizer: Literal["auto", "world", "none"] = "auto",
+) -> None:
+    """Write the weights of a file or folder in another layout.
+
+    Args:
+        src: .pth, .safetensors, Hugging Face folder, checkpoint or run folder.
+        dst: .pth or .safetensors: published names; a name without suffix: a folder for Hugging Face's software.
+        dtype: of the weights; left out: as in src, bit for bit.
+        verify: compare the logits of both on a fixed prompt.
+        tokenizer: what a folder gets beside the weights; auto: the World tokenizer, if the vocabulary is its.
+    """
+    config, weights = read_model(src)
+    if dtype is not None:
+        weights = {name: x.to(getattr(torch, dtype)) for name, x in weights.items()}
+    write_model(config, weights, dst)
+    print(f"{config.arch}, {sum(x.numel() for x in weights.values()):,} parameters: {dst}")
+    if Path(dst).suffix not in SUFFIXES:
+        world = tokenizer == "world" or (tokenizer == "auto" and config.vocab_size == WORLD)
+        if world:
+            write_tokenizer_files(dst)
+        print(f"tokenizer: {'World' if world else 'none: put the files of your own beside the weights'}")
+    if verify:
+        difference = compare(src, dst)
+        print(f"logits of {PROMPT} tokens: largest difference {difference:.1e} of the largest logit")
+        if dtype is None and difference > 0:
+            raise ValueError(f"{dst}: its logits are not those of {src}: do not use it")
+
+
+def compare(left: str | Path, right: str | Path) -> float:
+    """The largest difference between the logits of two weight files in float32, over the largest of the first."""
+    logits = []
+    for path in (left, right):
+        model = load_model(path, torch.float32).eval()
+        tokens = (torch.arange(1, PROMPT + 1) * 7919 % model.config.vocab_size).unsqueeze(0)
+        with torch.inference_mode():
+            logits.append(model(tokens)[0])
+        del model
+    return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30))
+
+
+def init(
+    out: str, arch: str = "rwkv7", size: str | None = None, n_layer: int | None = None, n_embd: int | None = None,
+    vocab_size: int | None = None, head_size: int | None = None, dim_ffn: int | None = None,
+    ranks: dict[str, int] | None = None, n_gold: int | None = None, seed: int = 0, dtype: Dtype = "float32",
+) -> None:  # fmt: skip
+    """Write a new model with the official initial values of its architecture.
+
+    Args:
+        out: .pth or .safetensors, or a name without suffix: a folder for Hugging Face's software.
+        arch: architecture.
+        size: a published size, such as 0.1b; what is given beside it wins.
+        n_layer: layers.
+        n_embd: channels.
+        vocab_size: token ids.
+        head_size: channels of a head.
+        dim_ffn: channels inside channel mixing.
+        ranks: of the low-rank parts by name.
+        n_gold: goldfinch: attention layers.
+        seed: of the random values.
+        dtype: of the weights.
+    """
+    config = sized(
+        arch, size, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, head_size=head_size, dim_ffn=dim_ffn,
+        ranks=ranks, n_gold=n_gold,
+    )  # fmt: skip
+    model = init_model(config, seed).to(getattr(torch, dtype))
+    save_model(model, out)
+    state = sum(math.prod(x.shape) for block in model.initial_state(1).blocks for x in block)
+    print(
+        f"{config.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, state of {state:,} numbers: {out}"
+    )

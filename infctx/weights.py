@@ -1,0 +1,175 @@
+"""Weights to and from disk, in every layout in which people publish them; never code from a file.
+
+Read: .pth, .safetensors, a folder of Hugging Face's (whole or in shards), a checkpoint or run folder. Files are mapped
+into memory, not copied: what is not converted to another dtype takes no room of its own until it is changed.
+"""
+
+import json
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from infctx.checkpoint import WEIGHTS, newest, sync
+from infctx.config import ModelConfig
+from infctx.layouts import Weights, hf_config, to_layout, to_published
+from infctx.models.rwkv import RWKV
+
+SUFFIXES = (".pth", ".safetensors")
+UNUSED = "unused.safetensors"  # what a folder's layout has no place for
+_HF_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", kernel: str = "auto"
+) -> RWKV:
+    """Build the model that a file holds; architecture and sizes are found from its tensors.
+
+    Args:
+        path: .pth, .safetensors, a Hugging Face folder, a checkpoint folder, or a run folder (its newest checkpoint).
+        dtype: of the parameters; None: the file's. device: where they go. kernel: backend of the recurrence.
+    Raises: FileNotFoundError, or ValueError if the file is not a whole model, or would run code.
+    """
+    config, weights = read_model(path)
+    with torch.device("meta"):
+        model = RWKV(config, kernel)
+    model.load_state_dict({name: weights.pop(name).to(device, dtype) for name in list(weights)}, assign=True)
+    return model
+
+
+def read_model(path: str | Path) -> tuple[ModelConfig, Weights]:
+    """Sizes and tensors of a weight file, under the published names and in their shapes. Raises: as `load_model`."""
+    weights = read_weights(path)
+    try:
+        config = ModelConfig.from_weights(weights)
+        return config, _fitted(weights, config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {_first_lines(error)}") from None
+
+
+def save_model(model: nn.Module, path: str | Path) -> None:
+    """Write the weights, whole or not at all. Args: path: .pth or .safetensors; a folder: for Hugging Face's software.
+
+    Raises: ValueError for another suffix, or a model that Hugging Face's software does not run.
+    """
+    config: Any = model.config
+    write_model(config, {name: x.detach().cpu() for name, x in model.state_dict().items()}, path)
+
+
+def write_model(config: ModelConfig, weights: Weights, path: str | Path) -> None:
+    """As `save_model`, from tensors."""
+    path = Path(path)
+    if path.suffix not in (*SUFFIXES, "") and not path.is_dir():
+        raise ValueError(f"{path}: weights are written as {' or '.join(SUFFIXES)}, or as a folder (no suffix)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        if path.suffix in SUFFIXES:
+            _write_file({name: x.contiguous() for name, x in weights.items()}, part / path.name)
+            (part / path.name).replace(path)
+        else:
+            _write_folder(config, weights, part)
+            path.mkdir(exist_ok=True)
+            for file in part.iterdir():
+                file.replace(path / file.name)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(part)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The tensors of a weight file by their published names, memory-mapped. Raises: as `load_model`."""
+    path = Path(path)
+    weights: dict[str, Any] = {}
+    for file in _files(path):
+        weights |= _read(file)
+    try:
+        published = to_published(weights)
+        return published | (_read(path / UNUSED) if (path / UNUSED).is_file() else {})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file")
+    for name in _HF_FILES:
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            try:
+                return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (ValueError, KeyError, AttributeError):
+                raise ValueError(f"{index}: not an index of shards") from None
+        if (path / name).is_file():
+            return [path / name]
+    return [newest(path) / WEIGHTS]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not
+        weights = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused: not a plain file of tensors (it is damaged, or would run code)") from None
+    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
+        raise ValueError(f"{path}: not a readable weight file: {_first_lines(error)}") from None
+    if not isinstance(weights, Mapping) or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise ValueError(f"{path}: expected tensors by name, found other things: is this a checkpoint of a trainer?")
+    return dict(weights)
+
+
+def _fitted(weights: Weights, config: ModelConfig) -> Weights:
+    """The tensors of a model, each in its published shape; what no layer uses may be missing, and is then zeros."""
+    with torch.device("meta"):
+        model = RWKV(config)
+    wanted, out = model.state_dict(), {}
+    unused = {name for name, p in model.named_parameters() if not p.requires_grad}
+    if odd := sorted(set(weights) - set(wanted)) or sorted(set(wanted) - set(weights) - unused):
+        kind = "does not know" if odd[0] in weights else "needs, and the file lacks,"
+        raise ValueError(f"a {config.arch} model {kind} {', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}")
+    for name, like in wanted.items():
+        x = weights[name] if name in weights else torch.zeros(like.shape, dtype=weights["emb.weight"].dtype)
+        if [n for n in x.shape if n != 1] != [n for n in like.shape if n != 1]:
+            raise ValueError(f"{name} is {tuple(x.shape)}, expected {tuple(like.shape)}")
+        out[name] = x.view(like.shape) if x.is_contiguous() else x.reshape(like.shape)
+    return out
+
+
+def _write_file(weights: Weights, path: Path) -> None:
+    if path.suffix == ".pth":
+        torch.save(
+            {name: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for name, x in weights.items()}, path
+        )
+    else:
+        save_file(weights, path)
+    path.chmod(0o644)
+    sync(path)
+
+
+def _write_folder(config: ModelConfig, weights: Weights, path: Path) -> None:
+    renamed, unused = to_layout(weights, config)
+    save_torch_state_dict(renamed, path)
+    if unused:
+        _write_file({name: x.contiguous() for name, x in unused.items()}, path / UNUSED)
+    facts = hf_config(config, weights["emb.weight"].dtype)
+    (path / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _first_lines(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]
