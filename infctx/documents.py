@@ -17,7 +17,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from infctx.segments import Document
-from infctx.tokenizer import END_OF_DOCUMENT, Tokenizer
+from infctx.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +171,9 @@ FORMATS: dict[str, Callable[[Source], Iterator[tuple[str, str]]]] = {"text": _te
 def _document(text: str, where: str, tokenizer: Tokenizer) -> Document:
     try:
         ids = tokenizer.encode(text)
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{where}: the text holds a lone surrogate, which is no character: mend the file") from None
-    return Document(np.append(ids, ids.dtype.type(END_OF_DOCUMENT)))
+    except ValueError as error:  # JSON can spell half of a surrogate pair
+        raise ValueError(f"{where}: {error}: mend the file") from None
+    return Document(np.append(ids, ids.dtype.type(tokenizer.end_of_document)))
 
 
 def _write(source: Source, tokenizer: Tokenizer, path: Path, digest: str) -> None:
@@ -224,7 +224,7 @@ def _read_meta(path: Path) -> dict[str, Any] | None:
 
 def _digest(source: Source, tokenizer: Tokenizer) -> str:
     total = hashlib.sha256()
-    settings = [LAYOUT, source.format, source.column, tokenizer.name, tokenizer.vocab_size]
+    settings = [LAYOUT, source.format, source.column, tokenizer.fingerprint, tokenizer.vocab_size]
     total.update(json.dumps(settings).encode())
     for file in source.files():
         one = hashlib.sha256()
