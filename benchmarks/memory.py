@@ -9,12 +9,13 @@ token each), ids (4) and starts (1). The bound is 1.05 times that.
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import record
 
 SEGMENT = 512
 SIZES = {"n_layer": 2, "n_embd": 64, "vocab_size": 257, "head_size": 16}
@@ -43,9 +44,7 @@ def one_step(length: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(
-        16
-    ):  # the heap of a process that has trained for a while: its holes are some MB, whatever the length
+    for _ in range(16):  # the heap of a process that has trained for a while has holes of some MB, whatever the length
         step(32 * SEGMENT)
     begin = time.perf_counter()
     step(length)
@@ -102,10 +101,7 @@ def main() -> None:
         rows[-1]["bytes_per_added_segment"], rows[-1]["ratio"] = growth, growth / allowed()
         print(f"{length:>9,} tokens: peak {rows[-1]['peak_bytes'] / 1e6:7.1f} MB, {rows[-1]['seconds']:6.1f} s, "
               f"{growth:8,.0f} bytes an added segment = {growth / allowed():.3f} x {allowed():,}")  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    facts = {"commit": commit, "machine": platform.machine(), "python": platform.python_version(), "segment": SEGMENT}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "memory.json").write_text(json.dumps({**facts, "allowed": allowed(), "rows": rows}, indent=1) + "\n")
+    record.write(options.out / "memory.json", segment=SEGMENT, allowed=allowed(), rows=rows)
     plot(rows, options.out / "memory.svg")
 
 

@@ -8,11 +8,8 @@ gives arrays, the others lists. Medians, and ratios to the trie.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sysconfig
 import time
 from collections.abc import Callable
@@ -20,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import record
 from pyrwkv_tokenizer import RWKVTokenizer
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
@@ -87,13 +85,8 @@ def main() -> None:
             if name != "bytes":
                 print(f"  {name:<20} {x['MB_per_s']:6.1f} MB/s  {x['Mtokens_per_s']:6.2f} Mtokens/s  "
                       f"{x['times_trie']:5.1f} x the trie  slowest run {x['slowest_MB_per_s']:6.1f} MB/s")  # fmt: skip
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     packages = {name: version(name) for name in ("rwkv", "pyrwkv-tokenizer", "numpy")}
-    facts = {"commit": commit, "machine": platform.machine(), "python": platform.python_version(), "packages": packages}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "tokenizer.json").write_text(
-        json.dumps({**facts, "runs": options.runs, "texts": results}, indent=1) + "\n"
-    )
+    record.write(options.out / "tokenizer.json", packages=packages, runs=options.runs, texts=results)
 
 
 if __name__ == "__main__":

@@ -109,26 +109,26 @@ class _Task(NamedTuple):
 
     def advance(
         self, segment: int, lanes: Tensor, fresh: Tensor, past: KeyMemory | None
-    ) -> tuple[Tensor | None, Sequences, Tensor, KeyMemory | None]:
+    ) -> tuple[Tensor | None, Sequences, Tensor, Tensor | None]:
         """Run one segment from the lanes' states (B, D).
 
-        Returns: features (M, C), its sequences, the lanes' states after it, the memory of the sequences after it.
+        Returns: features (M, C), its sequences, the lanes' states after it, the keys (M, R) added to the memory.
         """
         s = sequences(self.window, segment)
         if not s.tokens.numel():
             return None, s, lanes, None
         rows = torch.where(s.fresh.unsqueeze(1), fresh, lanes[s.lane])
         x, after = self.model.features(s.tokens, unpack(rows, self.like, past), s.cu_seqlens)
-        return x.squeeze(0), s, torch.cat([pack(after), lanes])[s.last], after.memory
+        return x.squeeze(0), s, torch.cat([pack(after), lanes])[s.last], after.memory and after.memory.added
 
     def advance_without_graph(
         self, segment: int, lanes: Tensor, fresh: Tensor
     ) -> tuple[Tensor | None, Sequences, Tensor]:
         """As `advance`, and keep what the memory grows by."""
         past = None if self.memory is None else self.memory.before(segment)
-        x, s, lanes, grown = self.advance(segment, lanes, fresh, past)
-        if self.memory is not None and grown is not None:
-            self.memory.store(segment, grown)
+        x, s, lanes, added = self.advance(segment, lanes, fresh, past)
+        if self.memory is not None and added is not None:
+            self.memory.store(segment, s.tokens.squeeze(0), added)
         return x, s, lanes
 
     def loss(self, segment: int, x: Tensor, s: Sequences) -> Tensor:
@@ -225,15 +225,15 @@ class _Gradient:
         if past is not None:
             sources.append(past.keys.requires_grad_())
         with _seeded(self.seed + segment, before.device):
-            x, s, after, grown = self.task.advance(segment, before, self.fresh, past)
+            x, s, after, added = self.task.advance(segment, before, self.fresh, past)
         if x is None:
             return g.new_zeros(()), before.detach(), g
         loss = self.task.loss(segment, x, s)
         results, seeds = [loss, after], [self.task.divide(torch.ones_like(loss)), g]
-        if memory is not None and grown is not None:
-            memory.store(segment, grown)
-            results.append(grown.keys)
-            seeds.append(memory.seed(segment, grown))
+        if memory is not None and added is not None:
+            memory.store(segment, s.tokens.squeeze(0), added)
+            results.append(added)
+            seeds.append(memory.seed(segment))
         g, *grads = torch.autograd.grad(results, sources, seeds, allow_unused=True, materialize_grads=True)
         if memory is not None:
             memory.add(segment, grads.pop())

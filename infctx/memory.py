@@ -65,18 +65,15 @@ class WindowMemory:
         """What the lanes remember at the end of the window."""
         return self._gather(self.documents)
 
-    def store(self, segment: int, grown: KeyMemory) -> None:
-        """Keep the keys that a segment added."""
-        for span, new in self._new(segment):
-            self.keys[span.own] = grown.keys[new].detach()
-            self.tokens[span.own] = grown.tokens[new]
+    def store(self, segment: int, tokens: Tensor, added: Tensor) -> None:
+        """Keep what a segment added. Args: tokens (T,), added (T, R), in the order of its sequences."""
+        for span, new in self._own(segment):
+            self.keys[span.own] = added[new].detach()
+            self.tokens[span.own] = tokens[new].to(self.tokens)
 
-    def seed(self, segment: int, grown: KeyMemory) -> Tensor:
-        """The gradient that later segments gave for the keys that this one added, and zeros for the others."""
-        seed = torch.zeros_like(grown.keys)
-        for span, new in self._new(segment):
-            seed[new] = self.gradient[span.own].to(seed.dtype)
-        return seed
+    def seed(self, segment: int) -> Tensor:
+        """The gradient (T, R) that later segments gave for the keys that this one added."""
+        return torch.cat([self.gradient[span.own] for span in self.spans[segment]]).to(self.keys.dtype)
 
     def add(self, segment: int, gradient: Tensor) -> None:
         """Sum up the gradient of `before(segment)`."""
@@ -96,13 +93,17 @@ class WindowMemory:
 
     def _gather(self, parts: list[slice]) -> KeyMemory:
         borders = torch.tensor([0] + [part.stop - part.start for part in parts]).cumsum(0).int()
-        tokens, keys = (torch.cat([x[part] for part in parts] or [x[:0]]) for x in (self.tokens, self.keys))
+        if len(parts) == 1:  # no copy
+            tokens, keys = self.tokens[parts[0]], self.keys[parts[0]].detach()
+        else:
+            tokens, keys = (torch.cat([x[part] for part in parts] or [x[:0]]) for x in (self.tokens, self.keys))
         return KeyMemory(tokens, keys, borders.to(self.keys.device))
 
-    def _new(self, segment: int) -> list[tuple[Span, slice]]:
-        """The spans of a segment, and the rows of its grown memory that are new."""
-        end, rows = 0, []
+    def _own(self, segment: int) -> list[tuple[Span, slice]]:
+        """The sequences of a segment, and where their tokens are among its own."""
+        begin, rows = 0, []
         for span in self.spans[segment]:
-            end += span.own.stop - span.past.start
-            rows.append((span, slice(end - (span.own.stop - span.own.start), end)))
+            end = begin + span.own.stop - span.own.start
+            rows.append((span, slice(begin, end)))
+            begin = end
         return rows

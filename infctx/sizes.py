@@ -43,10 +43,8 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "rwkv6": _sizes(WORLD, **_V6),
     "rwkv7": _with_ranks(_sizes(WORLD, **_V7), **_V7_RANKS),
     "rwkv7a": _with_ranks(_sizes(WORLD, s0_1b=(12, 768)), s0_1b=(64, 32, 128)),
-    "goldfinch": _sizes(WORLD, s0_2b=(12, 768), s1_5b=(24, 2048), s7b=(32, 4096)),
+    "goldfinch": _sizes(WORLD, s0_2b=(12, 768), s1_5b=(24, 2048)),
 }
-for row in SIZES["goldfinch"].values():
-    row["n_gold"] = row["n_layer"] - row["n_layer"] * 2 // 3
 
 
 def sized(arch: str, size: str | None = None, **sizes: Any) -> ModelConfig:

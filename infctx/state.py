@@ -23,6 +23,7 @@ class KeyMemory(NamedTuple):
     tokens: Tensor  # (M,) int32
     keys: Tensor  # (M, R) compressed keys in the computing precision
     cu_seqlens: Tensor  # (N + 1,) int32
+    added: Tensor | None = None  # (T, R) keys of the last call's tokens, in their order: those in `keys` are copies
 
 
 class State(NamedTuple):
@@ -49,7 +50,7 @@ def select(state: State, rows: Tensor) -> State:
     blocks = tuple(BlockState(*(x[rows] for x in block)) for block in state.blocks)
     if state.memory is None:
         return State(blocks)
-    tokens, keys, borders = state.memory
+    tokens, keys, borders, _ = state.memory
     place, chosen = ragged(borders, rows)
     return State(blocks, KeyMemory(tokens[place], keys[place], chosen))
 
@@ -73,10 +74,13 @@ def ragged_append(memory: KeyMemory, tokens: Tensor, keys: Tensor, cu_seqlens: T
     """Add new positions at the end of each sequence. Args: tokens (T,) int32, keys (T, R), borders (N + 1,) of both."""
     old, new = memory.cu_seqlens, cu_seqlens.to(memory.cu_seqlens)
     borders = old + new
+    past_keys = memory.keys.to(keys.dtype)
+    if len(old) == 2:  # no index as large as the document
+        return KeyMemory(torch.cat([memory.tokens, tokens]), torch.cat([past_keys, keys]), borders, keys)
     total = int(borders[-1])
     sequence = torch.repeat_interleave(torch.arange(len(old) - 1, device=old.device), borders.diff().long())
     place = torch.arange(total, device=old.device) - borders[sequence]
     past = old.diff()[sequence]
     source = torch.where(place < past, old[sequence] + place, int(old[-1]) + new[sequence] + place - past).long()
-    both = torch.cat([memory.keys.to(keys.dtype), keys])
-    return KeyMemory(torch.cat([memory.tokens, tokens])[source], both[source], borders)
+    both = torch.cat([past_keys, keys])
+    return KeyMemory(torch.cat([memory.tokens, tokens])[source], both[source], borders, keys)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from infctx.state import BlockState, KeyMemory, State
 
-PARTS, COMMUNITY = BlockState._fields, "att.time_state"
+PARTS, KEPT, COMMUNITY = BlockState._fields, KeyMemory._fields[:3], "att.time_state"
 
 
 def save_state(state: State, path: str | Path, facts: Mapping[str, str] | None = None) -> None:
@@ -62,7 +62,7 @@ def load_state(path: str | Path, model: Any) -> tuple[State, dict[str, str]]:
             raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, this model's {tuple(x.shape)}")
         tensors[name] = tensors[name].to(x)
     blocks = tuple(BlockState(*(tensors[f"blocks.{i}.{part}"] for part in PARTS)) for i in range(len(like.blocks)))
-    memory = like.memory and KeyMemory(*(tensors[f"memory.{part}"] for part in KeyMemory._fields))
+    memory = like.memory and KeyMemory(*(tensors[f"memory.{part}"] for part in KEPT))
     return State(blocks, memory), facts
 
 
@@ -98,7 +98,7 @@ def _named(state: State) -> dict[str, Tensor]:
         f"blocks.{i}.{part}": x for i, block in enumerate(state.blocks) for part, x in zip(PARTS, block, strict=True)
     }
     if state.memory is not None:
-        tensors |= {f"memory.{part}": x for part, x in zip(KeyMemory._fields, state.memory, strict=True)}
+        tensors |= {f"memory.{part}": x for part, x in zip(KEPT, state.memory[:3], strict=True)}
     # Cloned: layers that begin alike may be one tensor, which the format refuses.
     return {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}
 

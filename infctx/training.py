@@ -155,19 +155,19 @@ class InfctxModule(pl.LightningModule):
     def _gather_memory(self) -> tuple[Tensor, ...] | None:
         if self.lanes is None or self.lanes.memory is None:
             return None
-        own = tuple(x.cpu() for x in self.lanes.memory)
+        own = tuple(x.cpu() for x in self.lanes.memory[:3])
         if self.trainer.world_size == 1:
             return own
         all_ranks: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(all_ranks, own)
-        return tuple(join([KeyMemory(*x) for x in all_ranks]))
+        return join([KeyMemory(*x) for x in all_ranks])[:3]
 
     def _own_memory(self, memory: tuple[Tensor, ...] | None, lanes: int) -> KeyMemory | None:
         if memory is None:
             return None
         begin = self.trainer.global_rank * lanes
         own = select(State((), KeyMemory(*memory)), torch.arange(begin, begin + lanes)).memory
-        return own and KeyMemory(*(x.to(self.device) for x in own))
+        return own and KeyMemory(*(x.to(self.device) for x in own[:3]))
 
     def _gather(self, rows: Tensor) -> Tensor:
         if self.trainer.world_size == 1:

@@ -72,7 +72,7 @@ class Carried:
 
 
 def detached(state: State) -> State:
-    memory = state.memory and KeyMemory(*(x.detach() for x in state.memory))
+    memory = state.memory and KeyMemory(*(x.detach() for x in state.memory[:3]))
     return State(tuple(BlockState(*(x.detach() for x in block)) for block in state.blocks), memory)
 
 
