@@ -70,8 +70,9 @@ def main() -> None:
         command = [sys.executable, __file__, "--one", str(length)]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows.append({**row, "bytes_a_token": row["bytes"] / length})
-        print(f"{length:>8,} tokens behind: {row['bytes'] / 1e6:6.1f} MB more, {row['bytes'] / length:5.0f} bytes a token "
-              f"({compressed} compressed; {expanded} for keys and values of one layer), {row['seconds']:.1f} s")  # fmt: skip
+        print(f"{length:>8,} tokens behind: {row['bytes'] / 1e6:6.1f} MB more, {row['bytes'] / length:5.0f} bytes "
+              f"a token, {row['seconds']:.1f} s")  # fmt: skip
+    print(f"bytes a token: {compressed} compressed; {expanded} for the keys and values of one layer")
     record.write(options.out / "goldfinch.json", compressed=compressed, expanded=expanded, rows=rows)
 
 

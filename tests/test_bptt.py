@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ARCHS, Carried, detached, law, make_window, random_state, tiny_model, values, worst
+from tiny import ARCHS, VOCAB, Carried, detached, law, make_window, random_state, tiny_model, values, worst
 from torch import nn
 
+import infctx
 from infctx.bptt import window_loss
 from infctx.segments import Window, sequences
 from infctx.state import pack, unpack
@@ -203,6 +204,16 @@ def test_horizon_must_be_positive():
     model, window, flat = case("rwkv7")
     with pytest.raises(ValueError, match="horizon"):
         window_loss(model, window, None, 0)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_official_initial_values_have_a_gradient(arch):
+    """They are full of zeros, where norms have no slope: all gradients are finite, and the head learns."""
+    model = infctx.init_model(infctx.ModelConfig(arch, 2, 32, VOCAB, 16))
+    loss, _, _ = window_loss(model, make_window(2, 3, 10, STARTS[:0]), None)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters()) and model.head.weight.grad.any()
 
 
 def test_layout_covers_each_token_once():

@@ -178,8 +178,8 @@ def _rebuild(rows: Tensor, low: Tensor, first: bool, t: Tables) -> tuple[Tensor,
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last axis, without a weight."""
-    return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-8)
+    """x over its root mean square along the last axis, without a weight; the gradient at zero is finite."""
+    return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + 1e-8)
 
 
 def _masked(scores: Tensor, span: tuple[int, ...], tile: range) -> Tensor:
