@@ -19,7 +19,7 @@ class DocumentData(pl.LightningDataModule):
     Args:
         source: where documents come from.
         path: the folder where `prepare` keeps the tokens; `fit` prepares what is missing or stale.
-        tokenizer: bytes.
+        tokenizer: bytes, world, a tokenizer.json or a folder with one, or owner/name on the Hugging Face hub.
         segment_length: tokens T of one forward of the model.
         segments_per_window: segments under one gradient; document: as many as the longest document of the window needs.
         batch_size: lanes on each device.

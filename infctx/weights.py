@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -162,6 +161,8 @@ def _write_file(weights: Weights, path: Path) -> None:
 
 
 def _write_folder(config: ModelConfig, weights: Weights, path: Path) -> None:
+    from huggingface_hub import save_torch_state_dict  # nothing else of reading and writing weights needs it
+
     renamed, unused = to_layout(weights, config)
     save_torch_state_dict(renamed, path)
     if unused:

@@ -95,8 +95,8 @@ class Bomb:
 
 def test_bad_weights(project, monkeypatch, capsys):
     torch.save({"emb.weight": Bomb()}, "bomb.pth")
-    torch.save({"blocks.0.att.time_maa_x": torch.zeros(1, 1, 4)}, "rwkv6.pth")
-    for name, message in {"bomb.pth": "would run code", "rwkv6.pth": "weights of RWKV-6"}.items():
+    torch.save({"blocks.0.rosa.q.weight": torch.zeros(4, 4)}, "rosa.pth")
+    for name, message in {"bomb.pth": "would run code", "rosa.pth": "weights of RWKV-8 (ROSA)"}.items():
         assert message in failing(monkeypatch, capsys, *FIT, "--model.load", name)
         assert message in failing(monkeypatch, capsys, "generate", name, "--prompt", "a")
     assert not (project / "exploded").exists() and not (project / "runs").exists()

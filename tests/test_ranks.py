@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import make_project
+from tiny import RECIPE, make_project
 
 SCRIPT = ["-m", "infctx", "fit", "-c", "recipe.yaml", "--checkpoint.every_n_steps", "1"]
 
@@ -26,8 +26,10 @@ def weights(project, name):
     return load_file(max(folders, key=lambda x: int(x.name[5:])) / "model.safetensors")
 
 
-def test_two_ranks_equal_one(tmp_path):
-    project = make_project(tmp_path / "project")
+@pytest.mark.parametrize("arch", ["rwkv7", pytest.param("goldfinch", marks=pytest.mark.slow)])
+def test_two_ranks_equal_one(tmp_path, arch):
+    recipe = RECIPE.replace("arch: rwkv7", f"arch: {arch}")
+    project = make_project(tmp_path / "project", recipe=recipe)
     one = fit(project, "one", "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "3")
     ranks = ("--data.batch_size", "1", "--trainer.accumulate_grad_batches", "3", "--trainer.devices", "2",
              "--trainer.strategy", "ddp")  # fmt: skip

@@ -1,5 +1,6 @@
 """Law 12: every recipe is accepted, and every command of the README runs, tiny."""
 
+import io
 import re
 import shlex
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
             quick = TINY if words[1] == "fit" else TINY[:-2] if words[1] == "validate" else []
             if "--model.load" in " ".join(words):
                 quick = [x for x in quick if "init" not in x]
+            monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\nGo on.\n"))
             try:
                 run(monkeypatch, *words[1:], *quick)
             except SystemExit as end:
@@ -60,7 +62,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
             assert set(words[1:]) <= TARGETS, words
         else:
             assert words[0] in ("git", "cd", "pip", "python"), f"no test runs {words}"
-    assert {"fit", "validate", "prepare", "export", "generate", "report"} <= seen
+    assert {"fit", "validate", "prepare", "export", "generate", "report", "init", "convert", "chat"} <= seen
 
 
 def test_readme_python_runs(tmp_path, monkeypatch):
