@@ -115,6 +115,9 @@ class Gold(nn.Module):
         parameters(self, (ranks["expand"], c), "time_key_w2 time_value_w2")
         self.query, self.output = linear(c, c), linear(c, c)
         self.ln_q, self.ln_k, self.ln_v, self.ln_x = (nn.LayerNorm(c) for _ in range(4))
+        # It adds the same to all scores of a query, which the softmax takes away: its gradient would be rounding alone,
+        # and Adam makes whole steps of that.
+        self.ln_k.bias.requires_grad_(False)
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
         """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
