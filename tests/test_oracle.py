@@ -71,6 +71,23 @@ def test_float64_equals_the_transcription(arch, case, record_property):
         law(record_property, 8, arch, worst([torch.cat(pieces), *values(state)], [logits, *values(after)]), 1e-9)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_gradients_equal_those_of_the_transcription(arch, record_property):
+    """Of every parameter, through three pieces and their states."""
+    model = tiny_model(arch, spread=0.5)
+    ids = torch.randint(50, (1, 30), generator=torch.Generator().manual_seed(0))
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    pieces, state = [], None
+    for piece in ids.split([7, 22, 1], 1):
+        out, state = model(piece, state)
+        pieces.append(out[0])
+    theirs, _ = transcribe(arch.replace("r2", ""), dict(model.named_parameters()), ids[0].tolist())
+    weight = torch.linspace(-1, 1, theirs.numel(), dtype=theirs.dtype).view_as(theirs)
+    parameters = [model.get_parameter(name) for name in names]
+    ours, expected = (torch.autograd.grad((x * weight).sum(), parameters) for x in (torch.cat(pieces), theirs))
+    law(record_property, 8, arch, worst(ours, expected), 1e-9)
+
+
 @pytest.mark.parametrize("arch", PACKAGE)
 def test_float32_is_as_good_as_the_rwkv_package(tmp_path, arch):
     """Errors against the float64 transcription, ours beside those of the package."""
