@@ -53,9 +53,15 @@ def window_loss(
     like = model.initial_state(1)
     fresh = pack(like)
     lanes = pack(state) if state is not None else fresh.expand(len(window.tokens), -1)
+    if len(lanes) != len(window.tokens):
+        raise ValueError(f"state holds {len(lanes)} sequences, the window has {len(window.tokens)} lanes")
     if normaliser is None:
         normaliser = (window.targets != IGNORED).sum().clamp(min=1)
-    past = state if state is not None and state.memory else select(like, torch.zeros(len(lanes), dtype=torch.long))
+    past = (
+        state
+        if state is not None and state.memory
+        else select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device))
+    )
     carried = past.memory
     memory = None if carried is None else WindowMemory(window, carried, _precision(carried.keys))
     horizon = horizon or window.tokens.shape[1]
@@ -227,7 +233,7 @@ class _Gradient:
         with _seeded(self.seed + segment, before.device):
             x, s, after, added = self.task.advance(segment, before, self.fresh, past)
         if x is None:
-            return g.new_zeros(()), before.detach(), g
+            return g.new_zeros(()), before.detach().clone(), g  # not a view: the borders' buffer may go
         loss = self.task.loss(segment, x, s)
         results, seeds = [loss, after], [self.task.divide(torch.ones_like(loss)), g]
         if memory is not None and added is not None:

@@ -1,5 +1,6 @@
 """What a model is made of: sizes and ranks, given by hand, by a published size, or read from the shapes of weights."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -89,9 +90,11 @@ class ModelConfig:
         row = ARCHITECTURES[self.arch]
         if row.heads is None:
             self._set("head_size", 1)
-        for name in ("n_layer", "n_embd", "vocab_size", "head_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._set("ranks", self.ranks or {})
+        for name in ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn"):
+            value = getattr(self, name)
+            if not (value is None and name == "dim_ffn") and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if min(self.ranks.values(), default=1) < 1:
             raise ValueError(f"ranks must be at least 1, got {self.ranks}")
         if self.n_embd % self.head_size:
@@ -129,12 +132,16 @@ class ModelConfig:
             raise ValueError(f"layers {sorted(set(range(max(layers))) - layers)} are missing: is the file whole?")
         try:
             return cls._measure(arch, len(layers), shapes)
-        except (KeyError, IndexError) as error:
-            raise ValueError(f"not a whole {arch} model: tensor {error} is missing or misshapen") from None
+        except KeyError as error:
+            raise ValueError(f"not a whole {arch} model: tensor {error} is missing") from None
+        except (IndexError, TypeError, ZeroDivisionError):
+            raise ValueError(f"not a whole {arch} model: a tensor that tells its sizes is misshapen") from None
 
     @classmethod
     def _measure(cls, arch: str, n_layer: int, shapes: Shapes) -> "ModelConfig":
         row = ARCHITECTURES[arch]
+        if len(shapes["emb.weight"]) != 2:
+            raise ValueError(f"emb.weight is {shapes['emb.weight']}, expected (vocabulary, channels)")
         vocab_size, n_embd = shapes["emb.weight"]
         heads = shapes[f"blocks.0.{row.heads}"][0] if row.heads else n_embd
         ranks: dict[str, int] = {}
@@ -178,9 +185,8 @@ def detect(shapes: Shapes) -> str:
         if all(mark in everything for mark in marks):
             if arch.startswith("!"):
                 raise ValueError(f"these are weights of {arch[1:]}; infctx reads: {', '.join(ARCHITECTURES)}")
-            one_per_head = arch == "rwkv5" and {len(x) for n, x in shapes.items() if n.endswith("att.time_decay")} == {
-                1
-            }
+            decays = [shape for name, shape in shapes.items() if name.endswith("att.time_decay")]
+            one_per_head = arch == "rwkv5" and all(math.prod(shape) == shape[0] for shape in decays if shape)
             return "rwkv5.1r2" if one_per_head else arch
     found = ", ".join(list(shapes)[:3]) or "none at all"
     raise ValueError(f"no RWKV model: expected tensors like emb.weight and blocks.0.att.time_decay, found {found}")

@@ -63,7 +63,7 @@ class WindowMemory:
 
     def after(self) -> KeyMemory:
         """What the lanes remember at the end of the window."""
-        return self._gather(self.documents)
+        return KeyMemory(*(x.clone() for x in self._gather(self.documents)[:3]))  # the buffer may go
 
     def store(self, segment: int, tokens: Tensor, added: Tensor) -> None:
         """Keep what a segment added. Args: tokens (T,), added (T, R), in the order of its sequences."""

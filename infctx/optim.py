@@ -20,7 +20,7 @@ class OptimizerConfig:
         lr: learning rate at its highest, per optimizer step.
         betas: decay of the two moments, per optimizer step.
         eps: added to the root of the second moment.
-        weight_decay: of matrices only: embedding, head, and those of both mixers.
+        weight_decay: of matrices only: embedding, head, and those of both mixers, but not their low-rank parts.
         schedule: cosine: from lr to final_lr over the run; constant.
         warmup_steps: optimizer steps over which the rate rises to lr: (i + 1) / warmup_steps of it at step i.
         final_lr: where cosine ends; null: a tenth of lr.
@@ -48,6 +48,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         id(getattr(module, name)): factor
         for module in model.modules()
         for name, factor in getattr(module, "lr_scale", {}).items()
+        if hasattr(module, name)
     }
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "double": [], "triple": []}
     for name, p in model.named_parameters():

@@ -61,5 +61,7 @@ def sized(arch: str, size: str | None = None, **sizes: Any) -> ModelConfig:
         raise ValueError(f"size {size!r} of {arch} is not known; choose one of: {', '.join(published) or 'none'}")
     given = (published[size.lower()] if size else {}) | {name: x for name, x in sizes.items() if x is not None}
     if missing := [name for name in ("n_layer", "n_embd", "vocab_size") if name not in given]:
-        raise ValueError(f"{', '.join(missing)} must be given, or size: one of {', '.join(published)}")
+        raise ValueError(
+            f"{', '.join(missing)} must be given, or a size: {', '.join(published) or 'none is published'}"
+        )
     return ModelConfig(arch, **given)

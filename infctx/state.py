@@ -64,10 +64,13 @@ def join(memories: list[KeyMemory]) -> KeyMemory:
 
 def ragged(cu_seqlens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where the elements of some sequences lie: (M',) int64 places, and the borders (N' + 1,) of what they give."""
+    rows = rows.to(cu_seqlens.device)
     lengths = cu_seqlens.diff()[rows]
     borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
     offset = (cu_seqlens[rows] - borders[:-1]).long()
-    return torch.arange(int(borders[-1]), device=rows.device) + torch.repeat_interleave(offset, lengths.long()), borders
+    return torch.arange(int(borders[-1]), device=borders.device) + torch.repeat_interleave(
+        offset, lengths.long()
+    ), borders
 
 
 def ragged_append(memory: KeyMemory, tokens: Tensor, keys: Tensor, cu_seqlens: Tensor) -> KeyMemory:

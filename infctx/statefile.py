@@ -58,7 +58,7 @@ def load_state(path: str | Path, model: Any) -> tuple[State, dict[str, str]]:
         odd = sorted(set(wanted) ^ set(tensors))[:2]
         raise ValueError(f"{path}: not a state of this model: {', '.join(odd) or 'nothing in it'}")
     for name, x in wanted.items():
-        if not name.startswith("memory.") and x.shape != tensors[name].shape:
+        if x.shape[1:] != tensors[name].shape[1:] or (len(x) != len(tensors[name]) and name[7:] not in KEPT[:2]):
             raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, this model's {tuple(x.shape)}")
         tensors[name] = tensors[name].to(x)
     blocks = tuple(BlockState(*(tensors[f"blocks.{i}.{part}"] for part in PARTS)) for i in range(len(like.blocks)))

@@ -101,6 +101,29 @@ def test_sizes_are_read_from_weights_in_any_order(arch, layers):
     assert infctx.ModelConfig.from_weights(dict(weights)) == config
 
 
+def test_cu_seqlens_that_do_not_fit_are_refused(arch):
+    model, ids = tiny_model(arch), tokens(1, 5)
+    for borders in ([0, 3], [1, 5], [0, 4, 2, 5]):
+        with pytest.raises(ValueError, match=r"cu_seqlens|state holds"):
+            model(ids, None, torch.tensor(borders).int())
+    with pytest.raises(ValueError, match="state holds 2 sequences, tokens are 1"):
+        model(ids, random_state(model, 2))
+
+
+def test_no_sequence_at_all(arch):
+    model = tiny_model(arch)
+    for shape in ((0, 1), (0, 5), (2, 0)):
+        assert model(torch.zeros(shape, dtype=torch.long))[0].shape == (*shape, VOCAB)
+
+
+def test_states_own_their_memory(arch):
+    """A view would keep every token of the call alive, and write all of them into a file."""
+    model = tiny_model(arch)
+    state = model(tokens(1, 50))[1]
+    for block in (*state.blocks, *model.initial_state(1).blocks):
+        assert all(x.untyped_storage().nbytes() <= max(x.nbytes, 8 * 32) for x in block)
+
+
 def test_initial_values_depend_on_the_seed_alone(arch):
     config = infctx.ModelConfig(arch, 2, 32, VOCAB, 16)
     torch.manual_seed(1)

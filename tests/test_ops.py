@@ -217,6 +217,22 @@ def test_declared_as_torch_wants_it(name, backend, packed):
     assert set(opcheck(op, (*args, cu, backend)).values()) == {"SUCCESS"}
 
 
+def test_compiled_without_a_break(name):
+    args = [x.detach() for x in inputs(name, 1, 40, dtype=torch.float32)]
+    compiled = torch.compile(lambda *x: OPS[name](*x), fullgraph=True, backend="aot_eager")
+    assert all(torch.equal(x, y) for x, y in zip(compiled(*args), OPS[name](*args)))
+
+
+def test_decays_of_nothing_left(name):
+    """A log decay of -inf forgets everything."""
+    args = [x.detach() for x in inputs(name, 1, 40)]
+    at = {"wkv4": 0, "wkv6": 3, "wkv7": 1}[name]
+    args[at] = torch.full_like(args[at], -torch.inf)
+    pair = [OPS[name](*args, backend=backend) for backend in BACKENDS]
+    assert all(x.isfinite().all() for out in pair for x in out[:1])
+    assert worst([pair[0][0], true_state(pair[0][1])], [pair[1][0], true_state(pair[1][1])]) < 1e-12
+
+
 def test_nothing_is_mutated(name):
     args = inputs(name, 2, 40)
     before = [x.detach().clone() for x in args]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from infctx.state import KeyMemory
 
@@ -65,7 +66,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, q: Tensor, keys: Tensor, *weights: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            tables = Tables(*(w.to(plan.dtype) for w in weights))
+            tables = Tables(weights[0], *(w.to(plan.dtype) for w in weights[1:]))
             out = q.new_empty(len(q), q.shape[1] * q.shape[2], dtype=plan.dtype)
             lse = torch.empty(q.shape[1], len(q), 1, dtype=_wide(plan.dtype), device=q.device)
             for span in plan.spans:
@@ -75,6 +76,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, keys, out, lse, *weights = ctx.saved_tensors
         with torch.autocast(q.device.type, enabled=False):
@@ -106,7 +108,7 @@ class _Gradient:
 
     def __init__(self, plan: _Plan, q: Tensor, keys: Tensor, weights: list[Tensor]) -> None:
         self.plan, self.q, self.keys, self.weights = plan, q, keys, weights
-        self.tables = Tables(*(w.detach().to(plan.dtype).requires_grad_() for w in weights))
+        self.tables = Tables(weights[0], *(w.detach().to(plan.dtype).requires_grad_() for w in weights[1:]))
         wide = _wide(plan.dtype)
         self.dq, self.dkeys, *self.dw = (torch.zeros_like(x, dtype=wide) for x in (q, keys, *weights))
 
@@ -156,7 +158,7 @@ class _Gradient:
 def _sources(plan: _Plan, span: tuple[int, ...], tile: range, keys: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
     """Embeddings (n + 1, C) and compressed keys (n + 1, R) of a tile and of the position before it, if there is one."""
     where = slice(tile.start - 1 if tile.start > span[2] else tile.start, tile.stop)
-    rows, low = tables.emb[plan.tokens[where].long()], keys[where].to(plan.dtype)
+    rows, low = tables.emb[plan.tokens[where].long()].to(plan.dtype), keys[where].to(plan.dtype)
     missing = len(tile) + 1 - len(rows)
     return F.pad(rows, (0, 0, missing, 0)), F.pad(low, (0, 0, missing, 0))
 
@@ -178,7 +180,7 @@ def _rebuild(rows: Tensor, low: Tensor, first: bool, t: Tables) -> tuple[Tensor,
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """x over its root mean square along the last axis, without a weight; the gradient at zero is finite."""
+    """x over its root mean square along the last axis, without a weight; 1e8 steep at zero, but not infinitely."""
     return x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) * x.shape[-1] ** -0.5 + 1e-8)
 
 

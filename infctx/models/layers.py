@@ -51,7 +51,7 @@ def token_shift(x: Tensor, carried: Tensor, packing: Packing | None) -> tuple[Te
     """The token before each one (B, T, C), and what to carry on (N, C). Args: x (B, T, C), carried (N, C) float32."""
     if packing is None:
         rows = torch.cat([carried.unsqueeze(1).to(x.dtype), x], 1)
-        return rows[:, :-1], rows[:, -1].to(carried.dtype)
+        return rows[:, :-1], rows[:, -1].clone().to(carried.dtype)  # a view would keep all rows alive
     flat = torch.cat([carried.to(x.dtype), x.squeeze(0)])
     return flat[packing.before].unsqueeze(0), flat[packing.after].to(carried.dtype)
 
@@ -97,6 +97,11 @@ def channel_ratio(c: int) -> Tensor:
 def decay_speed(n: int, depth: Depth, lowest: float = -6.0, span: float = 5.0) -> Tensor:
     """log(-log decay) of n channels or heads, from slow to fast."""
     return lowest + span * (torch.arange(n) / max(1, n - 1)) ** (0.7 + 1.3 * depth.up)
+
+
+def log_decay(speed: Tensor, dtype: torch.dtype) -> Tensor:
+    """-exp(speed) in `dtype`: log decay. Beyond 80 the decay is 0 whatever the speed, and would have no gradient."""
+    return -torch.exp(speed.to(dtype).clamp(max=80.0))
 
 
 def zigzag(n: int) -> Tensor:

@@ -73,6 +73,7 @@ class RWKV(nn.Module):
             state: of B rows, or of N sequences with cu_seqlens; None is the beginning of a document.
             cu_seqlens: (N + 1,) int32: B is 1 and `tokens` holds N sequences end to end.
         Returns: logits (B, T, vocab) and the state after the last tokens.
+        Raises: ValueError for a state of another number of sequences.
         """
         x, state = self.features(tokens, state, cu_seqlens)
         return self.head(x), state
@@ -83,6 +84,8 @@ class RWKV(nn.Module):
         """As `forward`, without the head: (B, T, C), so that a loss may project to the vocabulary piece by piece."""
         n = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
         state = state or self.initial_state(n)
+        if len(state.blocks[0].att_shift) != n:
+            raise ValueError(f"state holds {len(state.blocks[0].att_shift)} sequences, tokens are {n}")
         packing = None if cu_seqlens is None else pack_sequences(cu_seqlens, tokens.shape[1])
         x, after = self.blocks[0].ln0(self.emb(tokens)), []  # type: ignore[operator]
         shared = Shared(self.kernel, tokens, x, packing)
@@ -97,7 +100,10 @@ class RWKV(nn.Module):
         """The state of n sequences before their first token."""
         weight = self.emb.weight
         zeros = weight.new_zeros(n, self.config.n_embd, dtype=torch.promote_types(weight.dtype, torch.float32))
-        blocks = tuple(BlockState(zeros, zeros, block.att.initial_wkv(zeros)) for block in self.blocks)  # type: ignore
+        blocks = tuple(
+            BlockState(zeros.clone(), zeros.clone(), block.att.initial_wkv(zeros))  # type: ignore[operator,union-attr]
+            for block in self.blocks
+        )
         return State(blocks, self.empty_memory(n) if self.config.n_gold else None)
 
     def empty_memory(self, n: int) -> KeyMemory:

@@ -10,11 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from infctx.config import ModelConfig
-from infctx.models.layers import Depth, Shared, channel_ratio, decay_speed, linear, parameters, token_shift, zigzag
+from infctx.models.layers import (
+    Depth,
+    Shared,
+    channel_ratio,
+    decay_speed,
+    linear,
+    log_decay,
+    parameters,
+    token_shift,
+    zigzag,
+)
 from infctx.ops import wkv4
+from infctx.ops.tiles import NOTHING
 from infctx.state import BlockState
-
-NOTHING = -1e38  # the exponent of an empty sum
 
 
 class TimeMix(nn.Module):
@@ -40,7 +49,7 @@ class TimeMix(nn.Module):
         mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r)
         xk, xv, xr = (torch.lerp(previous, x, mix.to(x.dtype)) for mix in mixes)
         k, v, r = self.key(xk), self.value(xv), torch.sigmoid(self.receptance(xr))
-        w = -torch.exp(self.time_decay.to(state.wkv.dtype))
+        w = log_decay(self.time_decay, state.wkv.dtype)
         y, wkv = wkv4(w, self.time_first, k, v, state.wkv, shared.cu_seqlens, shared.kernel)
         return self.output(r * y), shared, state._replace(att_shift=att_shift, wkv=wkv)
 

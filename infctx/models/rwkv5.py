@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from infctx.config import ModelConfig
 from infctx.models import rwkv4
-from infctx.models.layers import Depth, Shared, bonus, channel_ratio, decay_speed, linear, parameters, token_shift
+from infctx.models.layers import (
+    Depth,
+    Shared,
+    bonus,
+    channel_ratio,
+    decay_speed,
+    linear,
+    log_decay,
+    parameters,
+    token_shift,
+)
 from infctx.ops import wkv6
 from infctx.state import BlockState
 
@@ -22,7 +32,7 @@ GROUP_NORM_EPS = 64e-5  # of y, which is 1e-5 of y / 8: the trainers divide by 8
 class TimeMix(nn.Module):
     """Time mixing: reads and writes the (V, K) matrix state of each head."""
 
-    lr_scale: ClassVar[dict[str, float]] = {"time_decay": 2.0}
+    lr_scale: ClassVar[dict[str, float]] = {"time_decay": 2.0, "time_first": 3.0}
     time_decay: Tensor  # (H, N), previews (H,): log of minus the log decay
     time_mix_k: Tensor  # time_mix_*: (1, 1, C) how much of the current token is mixed in
     time_mix_v: Tensor
@@ -48,7 +58,7 @@ class TimeMix(nn.Module):
         mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r)
         xk, xv, xr = (torch.lerp(previous, x, mix.to(x.dtype)) for mix in mixes)
         r, k, v = (y.unflatten(-1, (-1, self.size)) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
-        u, w = getattr(self, self.bonus).to(state.wkv.dtype), -torch.exp(self.time_decay.to(state.wkv.dtype))
+        u, w = getattr(self, self.bonus).to(state.wkv.dtype), log_decay(self.time_decay, state.wkv.dtype)
         u = torch.exp(u) if self.bonus == "time_first" else u
         u, w = (y.view(k.shape[2], -1).expand(k.shape[2:]) for y in (u, w))  # (H, N)
         y, wkv = wkv6(r, k, v, w.expand(k.shape), u, state.wkv, shared.cu_seqlens, shared.kernel)

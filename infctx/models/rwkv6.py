@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.config import ModelConfig
+from infctx.models import layers
 from infctx.models.layers import Depth, Shared, bonus, channel_ratio, decay_speed, linear, parameters, token_shift
 from infctx.ops import wkv6
 from infctx.state import BlockState
@@ -50,7 +51,7 @@ class TimeMix(nn.Module):
         previous, att_shift = token_shift(x, state.att_shift, shared.packing)
         xw, xk, xv, xr, xg = data_dependent_mixes(self, x, previous)
         r, k, v = (y.unflatten(-1, self.time_faaaa.shape) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
-        w = log_decay(self, xw, state.wkv.dtype).unflatten(-1, self.time_faaaa.shape)
+        w = data_dependent_decay(self, xw, state.wkv.dtype).unflatten(-1, self.time_faaaa.shape)
         y, wkv = wkv6(r, k, v, w, self.time_faaaa, state.wkv, shared.cu_seqlens, shared.kernel)
         y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(x) * F.silu(self.gate(xg))
         return self.output(y), shared, state._replace(att_shift=att_shift, wkv=wkv)
@@ -122,7 +123,7 @@ def data_dependent_mixes(mixer: Any, x: Tensor, previous: Tensor) -> list[Tensor
     return [x + dx * (base + m) for base, m in zip(bases, moved, strict=True)]
 
 
-def log_decay(mixer: Any, xw: Tensor, dtype: torch.dtype) -> Tensor:
+def data_dependent_decay(mixer: Any, xw: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T, C) log decay in `dtype`, below 0 and without a bound."""
     speed = mixer.time_decay + torch.tanh(xw @ mixer.time_decay_w1) @ mixer.time_decay_w2
-    return -torch.exp(speed.to(dtype))
+    return layers.log_decay(speed, dtype)

@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infctx.ops.tiles import LENGTH, make_tiles, to_tiles, to_tokens
-
-NOTHING = -1e38  # the exponent of an empty sum
+from infctx.ops.tiles import LENGTH, NOTHING, make_tiles, to_tiles, to_tokens
 
 
 class Sum(NamedTuple):
@@ -69,6 +67,7 @@ def _scan(w: Tensor, added: Sum, first: Sum, lengths: list[int]) -> tuple[Sum, S
         for x, y in zip(state, ended, strict=True):
             x[: len(step)] = y
     age = torch.arange(LENGTH, device=w.device, dtype=w.dtype).unsqueeze(1)
+    w = w.clamp(min=NOTHING / LENGTH)  # 0 times -inf is no decay of age 0
     carried = _decay(Sum(*(x.unsqueeze(1).expand(-1, LENGTH, -1) for x in starts)), age * w)
     before = _add(carried, Sum(*(x[:, :-1] for x in inside)))
     last = (torch.empty_like(x).index_copy(0, tiles.order, x) for x in state)

@@ -179,8 +179,8 @@ def _by_sequence(
     rows: Callable[..., tuple[Tensor, ...]], tokens: tuple[Tensor, ...], states: tuple[Tensor, ...], lengths: list[int]
 ) -> tuple[Tensor, ...]:
     """Run `rows` on (rows, T, ...) tensors: all sequences at once if they are equally long, else one by one."""
-    if len(set(lengths)) == 1:
-        out = rows(*(x.unflatten(0, (len(lengths), lengths[0])) for x in tokens), *states)
+    if len(set(lengths)) <= 1:
+        out = rows(*(x.unflatten(0, (len(lengths), max(lengths, default=0))) for x in tokens), *states)
         return *(x.flatten(0, 1) for x in out[:-1]), out[-1]
     parts, begin = [], 0
     for i, n in enumerate(lengths):

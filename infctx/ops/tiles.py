@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+NOTHING = -1e38  # the exponent of an empty sum
 # One length for all, so that a sequence's bits do not depend on its neighbours.
 LENGTH = 32
 

@@ -6,6 +6,7 @@ and the T tokens are sequences end to end, each with its own state in and out.
 
 import logging
 from functools import cache
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -85,7 +86,7 @@ def choose(backend: str, device: str) -> str:
     Raises: ValueError if there is no such backend.
     """
     if backend == "auto":
-        return _announce("chunked", device)
+        return "chunked" if torch.compiler.is_compiling() else _announce("chunked", device)
     if backend not in BACKENDS:
         raise ValueError(f"kernel {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")
     return backend
@@ -149,7 +150,15 @@ def _declare(name: str, inputs: str, constants: str = "") -> None:
 
 
 def _lengths(v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
-    return [v.shape[1]] * v.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
+    if cu_seqlens is None:
+        return [v.shape[1]] * v.shape[0]
+    borders = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in pairwise(borders)]
+    _require(
+        borders[0] == 0 and borders[-1] == v.shape[1] and min(lengths, default=0) >= 0,
+        f"cu_seqlens must rise from 0 to T = {v.shape[1]}, got {borders[:4]} ... {borders[-1]}",
+    )
+    return lengths
 
 
 def _require(true: bool, message: str) -> None:
