@@ -31,6 +31,8 @@ def convert(
         verify: compare the logits of both on a fixed prompt.
         tokenizer: what a folder gets beside the weights; auto: the World tokenizer, if the vocabulary is its.
     """
+    if Path(src).resolve() == Path(dst).resolve():
+        raise ValueError(f"{dst}: src and dst are the same: name another file")
     config, weights = read_model(src)
     if dtype is not None:
         weights = {name: x.to(getattr(torch, dtype)) for name, x in weights.items()}

@@ -58,7 +58,8 @@ def read_model(path: str | Path) -> tuple[ModelConfig, Weights]:
 def save_model(model: nn.Module, path: str | Path) -> None:
     """Write the weights, whole or not at all. Args: path: .pth or .safetensors; a folder: for Hugging Face's software.
 
-    Raises: ValueError for another suffix, or a model that Hugging Face's software does not run.
+    Raises: ValueError for another suffix, a folder that is not empty, or a model that Hugging Face's software does not
+        run.
     """
     config: Any = model.config
     write_model(config, {name: x.detach().cpu() for name, x in model.state_dict().items()}, path)
@@ -69,6 +70,8 @@ def write_model(config: ModelConfig, weights: Weights, path: str | Path) -> None
     path = Path(path)
     if path.suffix not in (*SUFFIXES, "") and not path.is_dir():
         raise ValueError(f"{path}: weights are written as {' or '.join(SUFFIXES)}, or as a folder (no suffix)")
+    if path.suffix not in SUFFIXES and path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{path}: there is something already, which new weights would mix with: name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -76,10 +79,8 @@ def write_model(config: ModelConfig, weights: Weights, path: str | Path) -> None
             _write_file({name: x.contiguous() for name, x in weights.items()}, part / path.name)
             (part / path.name).replace(path)
         else:
-            _write_folder(config, weights, part)
-            path.mkdir(exist_ok=True)
-            for file in part.iterdir():
-                file.replace(path / file.name)
+            _write_folder(config, weights, part / "folder")
+            (part / "folder").replace(path)
         sync(path.parent)
     finally:
         shutil.rmtree(part)
@@ -164,6 +165,7 @@ def _write_folder(config: ModelConfig, weights: Weights, path: Path) -> None:
     from huggingface_hub import save_torch_state_dict  # nothing else of reading and writing weights needs it
 
     renamed, unused = to_layout(weights, config)
+    path.mkdir()
     save_torch_state_dict(renamed, path)
     if unused:
         _write_file({name: x.contiguous() for name, x in unused.items()}, path / UNUSED)

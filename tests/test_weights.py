@@ -143,6 +143,20 @@ def test_world_folder_has_its_tokenizer(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "hf" / "tokenizer_config.json").is_file()
 
 
+def test_what_is_there_is_not_mixed_or_overwritten(tmp_path, monkeypatch, capsys):
+    path = str(tmp_path / "a.pth")
+    infctx.save_model(tiny_model("rwkv6", torch.float32), path)
+    run(monkeypatch, "convert", path, str(tmp_path / "hf"))
+    (tmp_path / "file").write_text("mine")
+    for dst in ("hf", "file", "a.pth"):
+        with pytest.raises(SystemExit) as end:
+            run(monkeypatch, "convert", path, str(tmp_path / dst))
+        assert end.value.code == 2 and "name a" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    run(monkeypatch, "convert", path, str(tmp_path / "empty") + "/")
+    assert same(path, tmp_path / "empty") and same(path, tmp_path / "hf")
+
+
 def test_goldfinch_has_no_hugging_face_layout(tmp_path):
     with pytest.raises(ValueError, match="no Hugging Face layout for goldfinch"):
         infctx.save_model(tiny_model("goldfinch", torch.float32), tmp_path / "hf")
