@@ -69,8 +69,9 @@ class Conversation:
 
     def save(self, path: str | Path) -> None:
         """Write the state after the last whole turn to a file. Raises: ValueError if its suffix is not .safetensors."""
-        tools = str(self._prefix == CALL).lower()
-        save_state(self.state, check_name(path), {"kind": KIND, "turns": str(self.turns), "tools": tools})
+        tools, arch = str(self._prefix == CALL).lower(), self.model.config.arch
+        facts = {"kind": KIND, "turns": str(self.turns), "tools": tools, "arch": arch}
+        save_state(self.state, check_name(path), facts)
 
     def reset(self) -> None:
         """Forget all turns since the beginning, or since it was loaded."""

@@ -1,6 +1,7 @@
 """The commands: a table. Those that take a recipe are in `recipe`; the rest are the functions below."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def export(run: str, out: str, what: Literal["model"] = "model") -> None:
 
     Args:
         run: run folder (its newest sound checkpoint) or checkpoint folder.
-        out: file to write: .pth or .safetensors.
+        out: file to write: .pth or .safetensors; a name without suffix: a folder for Hugging Face's software.
         what: model: all weights.
     """
     save_model(load_model(run), out)
@@ -78,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             run_recipe(argv)
         else:
             raise UserError(f"there is no command {argv[0]!r}; there are: {', '.join(RECIPE_COMMANDS | COMMANDS)}")
+    except BrokenPipeError:  # whoever read the output has enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123, for what Python flushes at its end
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise

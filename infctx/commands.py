@@ -18,26 +18,27 @@ from infctx.statefile import save_state as write_state
 from infctx.tokenizer import Tokenizer, load_tokenizer
 from infctx.weights import load_model
 
+VOCABULARIES = {257: "bytes", 65536: "world"}
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
 def generate(
     model: str, prompt: str = "", prompts: str | None = None, max_tokens: int = 256, state: str | None = None,
-    save_state: str | None = None, batch_size: int = 16, tokenizer: str = "bytes", kernel: str = "auto",
+    save_state: str | None = None, batch_size: int = 16, tokenizer: str = "auto", kernel: str = "auto",
     dtype: Dtype | None = None, device: Device = "auto", **sampling: Any,
 ) -> None:  # fmt: skip
     """Print a text and what the model makes follow it.
 
     Args:
-        model: weights: .pth, .safetensors, checkpoint or run folder.
+        model: weights: .pth, .safetensors, Hugging Face folder, checkpoint or run folder.
         prompt: the beginning.
         prompts: file with a prompt a line; each gives a line of JSON. Prompt r, from 0, draws by seed + r.
         max_tokens: at most this many tokens follow.
         state: state file that goes before the prompt, or before each one.
         save_state: file for the state after the prompt and its text: .safetensors; .pth: without the token shifts.
         batch_size: prompts of the file that are continued together.
-        tokenizer: bytes, world, or one of Hugging Face.
+        tokenizer: bytes, world, or one of Hugging Face; auto: the one that the model's vocabulary is of.
         kernel: backend of the recurrence.
         dtype: of the weights in memory; left out: as in the file.
         device: auto is cuda where there is one.
@@ -59,18 +60,18 @@ def generate(
     print(prompt, end="", flush=True)
     _print_pieces(piece for _, piece in stream)
     if save_state:
-        write_state(stream.state(), save_state)
+        write_state(stream.state(), save_state, {"arch": net.config.arch})
 
 
 def chat(
     model: str, system: str = "", think: bool = False, tools: str | None = None, state: str | None = None,
-    save_state: str | None = None, max_tokens: int = 1024, top_p: float = 0.5, tokenizer: str = "world",
+    save_state: str | None = None, max_tokens: int = 1024, top_p: float = 0.5, tokenizer: str = "auto",
     kernel: str = "auto", dtype: Dtype | None = None, device: Device = "auto", **sampling: Any,
 ) -> None:  # fmt: skip
     """Talk with a model that knows the User/Assistant templates: a line a turn; /reset, /save FILE, /quit.
 
     Args:
-        model: weights: .pth, .safetensors, checkpoint or run folder.
+        model: weights: .pth, .safetensors, Hugging Face folder, checkpoint or run folder.
         system: text before the first turn.
         think: let replies begin with a thought.
         tools: JSON file with a list of functions; replies are calls of them.
@@ -78,7 +79,7 @@ def chat(
         save_state: file (.safetensors) for the conversation at its end.
         max_tokens: at most this many tokens in a reply.
         top_p: draw from the fewest tokens that hold this probability.
-        tokenizer: bytes, world, or one of Hugging Face.
+        tokenizer: bytes, world, or one of Hugging Face; auto: the one that the model's vocabulary is of.
         kernel: backend of the recurrence.
         dtype: of the weights in memory; left out: as in the file.
         device: auto is cuda where there is one.
@@ -171,8 +172,16 @@ def _text(file: Path) -> str:
 
 
 def _load(model: str, tokenizer: str, kernel: str, dtype: Dtype | None, device: Device) -> tuple[RWKV, Tokenizer]:
-    words, cuda = load_tokenizer(tokenizer), torch.cuda.is_available()
+    cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ValueError("device cuda: torch finds none here; leave it out, or install torch for CUDA")
     place = "cuda" if cuda and device != "cpu" else "cpu"
-    return load_model(model, getattr(torch, dtype) if dtype else None, place, kernel).eval(), words
+    net = load_model(model, getattr(torch, dtype) if dtype else None, place, kernel).eval()
+    return net, load_tokenizer(_vocabulary(net) if tokenizer == "auto" else tokenizer)
+
+
+def _vocabulary(model: RWKV) -> str:
+    size = model.config.vocab_size
+    if size not in VOCABULARIES:
+        raise ValueError(f"tokenizer: no vocabulary of {size} ids is known: say which one the model was trained with")
+    return VOCABULARIES[size]

@@ -35,7 +35,7 @@ def convert(
         raise ValueError(f"{dst}: src and dst are the same: name another file")
     config, weights = read_model(src)
     if dtype is not None:
-        weights = {name: x.to(getattr(torch, dtype)) for name, x in weights.items()}
+        weights = {name: _cast(name, x, getattr(torch, dtype)) for name, x in weights.items()}
     write_model(config, weights, dst)
     print(f"{config.arch}, {sum(x.numel() for x in weights.values()):,} parameters: {dst}")
     if Path(dst).suffix not in SUFFIXES:
@@ -46,8 +46,15 @@ def convert(
     if verify:
         difference = compare(src, dst)
         print(f"logits of {PROMPT} tokens: largest difference {difference:.1e} of the largest logit")
-        if dtype is None and difference > 0:
+        if not difference <= (0 if dtype is None else 0.5):  # also not a number
             raise ValueError(f"{dst}: its logits are not those of {src}: do not use it")
+
+
+def _cast(name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    low = x.to(dtype)
+    if not torch.equal(low.isfinite(), x.isfinite()):
+        raise ValueError(f"{name} reaches {x.abs().max():.1e}, which {dtype} cannot hold: take bfloat16 or float32")
+    return low
 
 
 def compare(left: str | Path, right: str | Path) -> float:

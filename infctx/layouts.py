@@ -4,9 +4,11 @@ C channels, N channels per head. Layouts: `hf`, of transformers' RWKV-4 and of t
 repositories; `fla`, of flash-linear-attention's RWKV-7. Trainers' prefixes are taken off.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from infctx.config import ModelConfig
 
 Weights = dict[str, Tensor]
-PREFIXES = ("_forward_module.", "base_model.model.", "module.", "model.")
+PREFIXES = ("_forward_module.", "_orig_mod.", "base_model.model.", "state_dict.", "module.", "model.")
 HF_VERSIONS = {"rwkv4": "", "rwkv5": "5", "rwkv6": "6"}
 _HF = [
     ("emb.", "embeddings."), ("ln0.", "pre_ln."), (".att.", ".attention."), (".ffn.", ".feed_forward."),
@@ -80,8 +82,20 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     heads = {"head_size": config.head_size} if version else {}
     return {
         "model_type": f"rwkv{version}", "architectures": [f"Rwkv{version}ForCausalLM"], **common, **heads,
-        "attention_hidden_size": config.n_embd, "context_length": 4096, "layer_norm_epsilon": 1e-5, "rescale_every": 6,
+        "attention_hidden_size": config.n_embd, "context_length": 4096, "layer_norm_epsilon": 1e-5, "rescale_every": 0,
     }  # fmt: skip
+
+
+def check_hf_config(path: Path) -> None:
+    """Refuse what config.json says and our models cannot be. Raises: ValueError naming the key."""
+    try:
+        facts = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path}: not JSON") from None
+    fixed = {"norm_eps": 1e-5, "layer_norm_epsilon": 1e-5, "hidden_act": "sqrelu", "tie_word_embeddings": False}
+    for key, value in fixed.items():
+        if facts.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {facts[key]!r}: published models have {value!r}, and so have ours")
 
 
 def fla_scale(head_size: int) -> float:
@@ -123,8 +137,13 @@ def _to_fla(name: str, x: Tensor) -> Tensor:
 def _scaled(weights: Mapping[str, Tensor], scale: float) -> Weights:
     if scale == 1:
         return dict(weights)
-    factor = {"att.receptance.weight": scale, "att.r_k": 1 / scale}
-    return {name: x * factor[key] if (key := name.split(".", 2)[-1]) in factor else x for name, x in weights.items()}
+    factor, out = {"att.receptance.weight": scale, "att.r_k": 1 / scale}, dict(weights)
+    for name, x in weights.items():
+        if (by := factor.get(name.split(".", 2)[-1])) is not None:
+            out[name] = x * by
+            if not torch.equal(out[name] / by, x):
+                raise ValueError(f"{name} cannot be scaled exactly in {x.dtype}: give another dtype")
+    return out
 
 
 def _renamed(name: str, pairs: list[tuple[str, str]], back: bool = False) -> str:

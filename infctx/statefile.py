@@ -5,7 +5,6 @@ matrices of one sequence and nothing else, in every version; runtimes of RWKV-5 
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,23 @@ def save_state(state: State, path: str | Path, facts: Mapping[str, str] | None =
     Raises: ValueError for another suffix, or if a .pth file cannot hold this state.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".pth":
-        torch.save({f"blocks.{i}.{COMMUNITY}": x for i, x in enumerate(_matrices(state, path))}, path)
-    elif path.suffix == ".safetensors":
-        save_file(_named(state), path, {"format": "pt", "infctx": json.dumps(dict(facts or {}))})
-    else:
+    if path.suffix not in (".pth", ".safetensors"):
         raise ValueError(
             f"{path}: states are written as .safetensors (all parts) or .pth (time_state); end the name so"
         )
+    matrices = _matrices(state, path) if path.suffix == ".pth" else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if matrices:
+            torch.save({f"blocks.{i}.{COMMUNITY}": x for i, x in enumerate(matrices)}, part)
+        else:
+            save_file(_named(state), part, {"format": "pt", "infctx": json.dumps(dict(facts or {}))})
+        part.replace(path)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OSError(f"{path}: not written: {str(error).splitlines()[0][:200]}") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_state(path: str | Path, model: Any) -> tuple[State, dict[str, str]]:
@@ -47,8 +54,10 @@ def load_state(path: str | Path, model: Any) -> tuple[State, dict[str, str]]:
         raise FileNotFoundError(f"{path}: no such state file")
     try:
         tensors, facts = _read(path)
-    except (RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError, ValueError):
+    except Exception:  # a damaged file can raise anything in torch's reader
         raise ValueError(f"{path}: not a readable state file") from None
+    if facts.get("arch", model.config.arch) != model.config.arch:
+        raise ValueError(f"{path}: a state of {facts['arch']}, the model is {model.config.arch}")
     if any(name.endswith(COMMUNITY) for name in tensors):
         return _from_matrices(path, tensors, model), facts
     n = len(tensors.get("blocks.0.att_shift", ()))
@@ -63,6 +72,8 @@ def load_state(path: str | Path, model: Any) -> tuple[State, dict[str, str]]:
         tensors[name] = tensors[name].to(x)
     blocks = tuple(BlockState(*(tensors[f"blocks.{i}.{part}"] for part in PARTS)) for i in range(len(like.blocks)))
     memory = like.memory and KeyMemory(*(tensors[f"memory.{part}"] for part in KEPT))
+    if memory is not None and not _sound(memory, model.config.vocab_size):
+        raise ValueError(f"{path}: its memory does not fit: damaged, or of a model with another vocabulary")
     return State(blocks, memory), facts
 
 
@@ -110,6 +121,13 @@ def _matrices(state: State, path: Path) -> list[Tensor]:
     return [block.wkv[0].detach().cpu().clone() for block in state.blocks]
 
 
+def _sound(memory: KeyMemory, vocab_size: int) -> bool:
+    tokens, keys, borders, _ = memory
+    lengths = borders.diff()
+    whole = len(tokens) == len(keys) == int(borders[-1]) and int(borders[0]) == 0 and bool((lengths >= 0).all())
+    return whole and bool(((tokens >= 0) & (tokens < vocab_size)).all())
+
+
 def _refuse_memory(state: State, what: str) -> None:
     if state.memory is not None:
         raise ValueError(f"{what} cannot hold GoldFinch's memory; write a .safetensors file")
@@ -120,7 +138,8 @@ def _refuse_memory(state: State, what: str) -> None:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix != ".safetensors":
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(tensors, dict) or not all(isinstance(x, Tensor) for x in tensors.values()):
+        named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+        if not named or not all(isinstance(x, Tensor) for x in tensors.values()):
             raise ValueError(path)
         return tensors, {}
     with safe_open(path, "pt") as file:

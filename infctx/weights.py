@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infctx.checkpoint import WEIGHTS, newest, sync
+from infctx.checkpoint import MANIFEST, WEIGHTS, newest, sync, verify
 from infctx.config import ModelConfig
-from infctx.layouts import Weights, hf_config, to_layout, to_published
+from infctx.layouts import Weights, check_hf_config, hf_config, to_layout, to_published
 from infctx.models.rwkv import RWKV
 
 SUFFIXES = (".pth", ".safetensors")
@@ -39,6 +39,8 @@ def load_model(
     Raises: FileNotFoundError, or ValueError if the file is not a whole model, or would run code.
     """
     config, weights = read_model(path)
+    if dtype is None and len(dtypes := {x.dtype for x in weights.values()}) > 1:
+        raise ValueError(f"{path}: its tensors are {' and '.join(sorted(map(str, dtypes)))}: say which dtype to take")
     with torch.device("meta"):
         model = RWKV(config, kernel)
     model.load_state_dict({name: weights.pop(name).to(device, dtype) for name in list(weights)}, assign=True)
@@ -68,13 +70,14 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 def write_model(config: ModelConfig, weights: Weights, path: str | Path) -> None:
     """As `save_model`, from tensors."""
     path = Path(path)
-    if path.suffix not in (*SUFFIXES, "") and not path.is_dir():
+    if path.suffix not in (*SUFFIXES, "") and not path.is_dir() and not path.suffix[1:2].isdigit():
         raise ValueError(f"{path}: weights are written as {' or '.join(SUFFIXES)}, or as a folder (no suffix)")
     if path.suffix not in SUFFIXES and path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path}: there is something already, which new weights would mix with: name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
+        weights = _untied(weights)
         if path.suffix in SUFFIXES:
             _write_file({name: x.contiguous() for name, x in weights.items()}, part / path.name)
             (part / path.name).replace(path)
@@ -82,8 +85,20 @@ def write_model(config: ModelConfig, weights: Weights, path: str | Path) -> None
             _write_folder(config, weights, part / "folder")
             (part / "folder").replace(path)
         sync(path.parent)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        raise OSError(f"{path}: not written: {_first_lines(error)}") from None
     finally:
         shutil.rmtree(part)
+
+
+def _untied(weights: Weights) -> Weights:
+    """Tensors that share memory, as a tied head does with the embedding, get their own: layouts have no ties."""
+    seen: set[int] = set()
+    out = {}
+    for name, x in weights.items():
+        out[name] = x.clone() if x.data_ptr() in seen and x.numel() else x
+        seen.add(x.data_ptr())
+    return out
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -104,15 +119,21 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file")
+    if (path / MANIFEST).is_file():
+        verify(path)
+    if (path / "config.json").is_file():
+        check_hf_config(path / "config.json")
     for name in _HF_FILES:
         index = path / f"{name}.index.json"
         if index.is_file():
             try:
                 return [path / shard for shard in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise ValueError(f"{index}: not an index of shards") from None
         if (path / name).is_file():
             return [path / name]
+    if not (path / "checkpoints").is_dir():
+        raise ValueError(f"{path}: no weights there: neither {' nor '.join(_HF_FILES)}, nor checkpoints of a run")
     return [newest(path) / WEIGHTS]
 
 
@@ -126,11 +147,18 @@ def _read(path: Path) -> dict[str, Any]:
         weights = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: not a plain file of tensors (it is damaged, or would run code)") from None
-    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
+    except Exception as error:  # a damaged file can raise anything in torch's reader
         raise ValueError(f"{path}: not a readable weight file: {_first_lines(error)}") from None
     if not isinstance(weights, Mapping) or not all(isinstance(x, Tensor) for x in weights.values()):
-        raise ValueError(f"{path}: expected tensors by name, found other things: is this a checkpoint of a trainer?")
-    return dict(weights)
+        raise ValueError(f"{path}: expected tensors by name, found other things: is this a checkpoint of a trainer? "
+                         "Take its file of weights alone")  # fmt: skip
+    if odd := [n for n, x in weights.items() if not isinstance(n, str) or not _plain(x)]:
+        raise ValueError(f"{path}: {odd[0]}: expected names and dense float32, bfloat16, float16 or float64 tensors")
+    return {name: x.detach() for name, x in weights.items()}
+
+
+def _plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and x.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fitted(weights: Weights, config: ModelConfig) -> Weights:
