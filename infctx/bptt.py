@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from infctx.loss import IGNORED, token_losses
 from infctx.memory import WindowMemory
 from infctx.segments import Sequences, Window, sequences
-from infctx.state import KeyMemory, State, pack, select, unpack
+from infctx.state import KeyMemory, State, computing_dtype, pack, select, unpack
 
 POSITION_BUCKETS = 40  # bucket i holds positions 2^i - 1 to 2^(i+1) - 2 of a document
 
@@ -57,13 +57,10 @@ def window_loss(
         raise ValueError(f"state holds {len(lanes)} sequences, the window has {len(window.tokens)} lanes")
     if normaliser is None:
         normaliser = (window.targets != IGNORED).sum().clamp(min=1)
-    past = (
-        state
-        if state is not None and state.memory
-        else select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device))
-    )
-    carried = past.memory
-    memory = None if carried is None else WindowMemory(window, carried, _precision(carried.keys))
+    carried = state.memory if state is not None else None
+    if carried is None and like.memory is not None:
+        carried = select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device)).memory
+    memory = None if carried is None else WindowMemory(window, carried, computing_dtype(carried.keys))
     horizon = horizon or window.tokens.shape[1]
     task = _Task(model, window, like, horizon, normaliser, l2_penalty, _Metrics.zeros(window), memory)
     if torch.is_grad_enabled():
@@ -72,11 +69,6 @@ def window_loss(
     else:
         loss, lanes = _forward_only(task, lanes, fresh)
     return loss, task.metrics._asdict(), unpack(lanes, like, None if memory is None else memory.after())
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _Metrics(NamedTuple):

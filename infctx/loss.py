@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infctx.state import computing_dtype
+
 IGNORED = -100  # the target of a token that is not to be learnt
 TILE = 512  # tokens: 134 MB of float32 logits at a vocabulary of 65,536
 
@@ -27,10 +29,9 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, l2_penalty: float =
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, l2_penalty):  # type: ignore[no-untyped-def]
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = computing_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)
             dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             dw = weight.new_zeros(weight.shape, dtype=wide) if ctx.needs_input_grad[1] else None

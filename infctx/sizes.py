@@ -7,43 +7,40 @@ from infctx.config import ALIASES, ARCHITECTURES, ModelConfig
 WORLD, PILE = 65536, 50277  # ids of the two vocabularies
 
 
-def _sizes(vocab_size: int, **rows: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    return {
-        name[1:].replace("_", "."): {"n_layer": layers, "n_embd": channels, "vocab_size": vocab_size}
-        for name, (layers, channels) in rows.items()
-    }
+def _sizes(vocab_size: int, rows: dict[str, tuple[int, int]]) -> dict[str, dict[str, Any]]:
+    return {name: {"n_layer": n, "n_embd": c, "vocab_size": vocab_size} for name, (n, c) in rows.items()}
 
 
-def _with_ranks(sizes: dict[str, dict[str, Any]], **rows: tuple[int, int, int]) -> dict[str, dict[str, Any]]:
-    ranks = {name[1:].replace("_", "."): {"w": w, "a": w, "v": v, "g": g} for name, (w, v, g) in rows.items()}
+def _with_ranks(sizes: dict[str, dict[str, Any]], rows: dict[str, tuple[int, int, int]]) -> dict[str, dict[str, Any]]:
+    ranks = {name: {"w": w, "a": w, "v": v, "g": g} for name, (w, v, g) in rows.items()}
     return {name: {**size, "ranks": ranks[name]} for name, size in sizes.items()}
 
 
 _V4 = {
-    "s0_1b": (12, 768), "s0_4b": (24, 1024), "s1_5b": (24, 2048), "s3b": (32, 2560), "s7b": (32, 4096),
-    "s14b": (40, 5120),
+    "0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096),
+    "14b": (40, 5120),
 }  # fmt: skip
-_V5 = {"s0_1b": (12, 768), "s0_4b": (24, 1024), "s1_5b": (24, 2048), "s3b": (32, 2560), "s7b": (32, 4096)}
+_V5 = {"0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096)}
 _V6 = {
-    "s0_1b": (12, 768), "s0_4b": (24, 1024), "s1_6b": (24, 2048), "s3b": (32, 2560), "s7b": (32, 4096),
-    "s14b": (61, 4096),
+    "0.1b": (12, 768), "0.4b": (24, 1024), "1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096),
+    "14b": (61, 4096),
 }  # fmt: skip
 _V7 = {
-    "s0_1b": (12, 768), "s0_4b": (24, 1024), "s1_5b": (24, 2048), "s2_9b": (32, 2560), "s7_2b": (32, 4096),
-    "s13_3b": (61, 4096),
+    "0.1b": (12, 768), "0.4b": (24, 1024), "1.5b": (24, 2048), "2.9b": (32, 2560), "7.2b": (32, 4096),
+    "13.3b": (61, 4096),
 }  # fmt: skip
 # Ranks of the decay and the in-context rate, of the value residual, and of the gate.
 _V7_RANKS = {
-    "s0_1b": (64, 32, 128), "s0_4b": (64, 32, 128), "s1_5b": (96, 64, 256), "s2_9b": (96, 64, 320),
-    "s7_2b": (128, 96, 480), "s13_3b": (192, 128, 384),
+    "0.1b": (64, 32, 128), "0.4b": (64, 32, 128), "1.5b": (96, 64, 256), "2.9b": (96, 64, 320),
+    "7.2b": (128, 96, 480), "13.3b": (192, 128, 384),
 }  # fmt: skip
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    "rwkv4": _sizes(PILE, **_V4),
-    "rwkv5": _sizes(WORLD, **_V5),
-    "rwkv6": _sizes(WORLD, **_V6),
-    "rwkv7": _with_ranks(_sizes(WORLD, **_V7), **_V7_RANKS),
-    "rwkv7a": _with_ranks(_sizes(WORLD, s0_1b=(12, 768)), s0_1b=(64, 32, 128)),
-    "goldfinch": _sizes(WORLD, s0_2b=(12, 768), s1_5b=(24, 2048)),
+    "rwkv4": _sizes(PILE, _V4),
+    "rwkv5": _sizes(WORLD, _V5),
+    "rwkv6": _sizes(WORLD, _V6),
+    "rwkv7": _with_ranks(_sizes(WORLD, _V7), _V7_RANKS),
+    "rwkv7a": _with_ranks(_sizes(WORLD, {"0.1b": (12, 768)}), _V7_RANKS),
+    "goldfinch": _sizes(WORLD, {"0.2b": (12, 768), "1.5b": (24, 2048)}),
 }
 
 

@@ -33,6 +33,12 @@ class State(NamedTuple):
     memory: KeyMemory | None = None
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of x are computed in: autocast's dtype where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def pack(state: State) -> Tensor:
     """The blocks of a state as one (N, D) matrix, a row per sequence: what is stored at borders and chosen between."""
     return torch.cat([x.flatten(1) for block in state.blocks for x in block], 1)
@@ -57,8 +63,7 @@ def select(state: State, rows: Tensor) -> State:
 
 def join(memories: list[KeyMemory]) -> KeyMemory:
     """The memories of all sequences, those of the first one first."""
-    lengths = torch.cat([memory.cu_seqlens.diff() for memory in memories])
-    borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+    borders = _borders(torch.cat([memory.cu_seqlens.diff() for memory in memories]))
     return KeyMemory(torch.cat([x.tokens for x in memories]), torch.cat([x.keys for x in memories]), borders)
 
 
@@ -66,11 +71,13 @@ def ragged(cu_seqlens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Where the elements of some sequences lie: (M',) int64 places, and the borders (N' + 1,) of what they give."""
     rows = rows.to(cu_seqlens.device)
     lengths = cu_seqlens.diff()[rows]
-    borders = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
-    offset = (cu_seqlens[rows] - borders[:-1]).long()
-    return torch.arange(int(borders[-1]), device=borders.device) + torch.repeat_interleave(
-        offset, lengths.long()
-    ), borders
+    borders = _borders(lengths)
+    offset = torch.repeat_interleave((cu_seqlens[rows] - borders[:-1]).long(), lengths.long())
+    return torch.arange(len(offset), device=borders.device) + offset, borders
+
+
+def _borders(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
 
 def ragged_append(memory: KeyMemory, tokens: Tensor, keys: Tensor, cu_seqlens: Tensor) -> KeyMemory:

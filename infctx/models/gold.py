@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infctx.state import KeyMemory
+from infctx.state import KeyMemory, computing_dtype
 
 TILE = 256  # positions: scores of 2,048 queries in 32 heads take 64 MB
 
@@ -54,11 +54,9 @@ def gold_attention(q: Tensor, memory: KeyMemory, cu_seqlens: Tensor, tables: Tab
     Args: q (tokens, H, N), of N sequences with borders cu_seqlens; memory: with this segment's positions at the end of
         each sequence. Returns: (tokens, C).
     """
-    device = q.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
     queries, positions = cu_seqlens.tolist(), memory.cu_seqlens.tolist()
     spans = list(zip(queries[:-1], queries[1:], positions[:-1], positions[1:], strict=True))
-    plan = _Plan(memory.tokens, [x for x in spans if x[0] < x[1]], q.shape[1], dtype)
+    plan = _Plan(memory.tokens, [x for x in spans if x[0] < x[1]], q.shape[1], computing_dtype(q))
     return _Attention.apply(plan, q, memory.keys, *tables)
 
 
