@@ -116,6 +116,7 @@ class Checkpoint(CheckpointBase):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Save at every n-th step, and where the run stops: after it the epoch would count as read to its end."""
+        _count_epoch(trainer)
         stops = trainer.should_stop or trainer.global_step == trainer.max_steps
         if trainer.global_step > self._saved and (stops or trainer.global_step % self.every_n_steps == 0):
             self._save(trainer)
@@ -135,6 +136,13 @@ class Checkpoint(CheckpointBase):
         if trainer.is_global_zero:
             for folder in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(folder)
+
+
+def _count_epoch(trainer: pl.Trainer) -> None:
+    """A run resumed at the end of an epoch leaves the next one uncounted, and what it saves then can not be resumed."""
+    progress = trainer.fit_loop.epoch_progress
+    for count in (progress.current, progress.total):
+        count.ready = count.started = count.processed + 1
 
 
 def _at_its_end(trainer: pl.Trainer) -> bool:

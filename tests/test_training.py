@@ -1,5 +1,6 @@
 """Fit as a user runs it: figures, gradients under accumulation, validation, and resuming at every step."""
 
+import contextlib
 import json
 import re
 
@@ -119,6 +120,27 @@ def test_resume_twice_by_name(project, monkeypatch, capsys):
     assert not end.value.code and "has ended" in capsys.readouterr().out
     run(monkeypatch, *command, "--name", "cut", "--resume", "auto", "--trainer.max_epochs", "3")
     assert lines(project, "cut")[-1]["tokens"] == 3 * 583
+
+
+@pytest.mark.parametrize("options", [[], ["--trainer.accumulate_grad_batches", "2"]], ids=["plain", "accumulate"])
+def test_cut_off_after_every_step(project, monkeypatch, options):
+    """What a resumed run writes is resumed again, at the ends of epochs too."""
+    command = ["fit", "-c", "recipe.yaml", "--checkpoint.every_n_steps", "1", "--trainer.max_epochs", "3", *options]
+    run(monkeypatch, *command, "--name", "whole")
+    original = window_loss
+    for _ in lines(project, "whole"):
+        windows = iter(range(2 if options else 1))
+
+        def dying(*args, **given):
+            if next(windows, None) is None:
+                raise FloatingPointError("cut off")
+            return original(*args, **given)
+
+        monkeypatch.setattr("infctx.training.window_loss", dying)
+        with contextlib.suppress(SystemExit):
+            run(monkeypatch, *command, "--name", "cut", "--resume", "auto")
+    assert timeless(lines(project, "cut")) == timeless(lines(project, "whole"))
+    assert same(final(project, "cut")[0], final(project, "whole")[0])
 
 
 def test_update_does_not_depend_on_the_layout(project, monkeypatch):
