@@ -140,7 +140,7 @@ class Checkpoint(CheckpointBase):
 
 def _count_epoch(trainer: pl.Trainer) -> None:
     """A run resumed at the end of an epoch leaves the next one uncounted, and what it saves then can not be resumed."""
-    progress = trainer.fit_loop.epoch_progress
+    progress: Any = trainer.fit_loop.epoch_progress  # its type does not know `processed`
     for count in (progress.current, progress.total):
         count.ready = count.started = count.processed + 1
 
