@@ -131,8 +131,8 @@ def test_cut_off_after_every_step(project, monkeypatch, options):
     for _ in lines(project, "whole"):
         windows = iter(range(2 if options else 1))
 
-        def dying(*args, **given):
-            if next(windows, None) is None:
+        def dying(*args, left=windows, **given):
+            if next(left, None) is None:
                 raise FloatingPointError("cut off")
             return original(*args, **given)
 
