@@ -11,7 +11,7 @@ from torch import Tensor
 from infctx.bptt import window_loss
 from infctx.config import ModelConfig
 from infctx.models.rwkv import init_model
-from infctx.ops.wkv import choose
+from infctx.ops.backends import choose, require_known
 from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
 from infctx.segments import Window
 from infctx.state import KeyMemory, State, join, pack, select, unpack
@@ -25,7 +25,7 @@ class InfctxModule(pl.LightningModule):
         load: weights to start from: .pth, .safetensors, a checkpoint or a run folder. Wins over `init`.
         init: sizes of a new model.
         horizon: segments the gradient reaches back; null: the whole window (exact); 1: classical truncated BPTT.
-        kernel: backend of the recurrence: auto, reference, chunked.
+        kernel: backend of the recurrence: auto, reference, chunked, cpu, cuda, cuda-recurrent, cuda-tensor, cuda-pieces, fla.
         tuning: null: all weights.
         optimizer: how weights are updated.
         l2_penalty: on the largest logit of each token; RWKV-LM's L2Wrap is 1.0e-4.
@@ -46,7 +46,7 @@ class InfctxModule(pl.LightningModule):
             raise ValueError(f"model.horizon must be at least 1 segment, or null for the whole window, got {horizon}")
         if tuning is not None:
             raise ValueError("model.tuning: only null (all weights) is there in this version")
-        choose(kernel, "cpu")
+        require_known(kernel)
         if load is not None:
             self.model = load_model(load, torch.float32, kernel=kernel)
         elif init is not None:
@@ -64,6 +64,7 @@ class InfctxModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what would be wrong silently."""
         refuse_precision(self.trainer.precision)
+        choose(self.model.kernel, self.trainer.strategy.root_device.type)
         if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ValueError(
                 f"trainer.strategy {type(self.trainer.strategy).__name__} is not supported: choose auto or ddp"

@@ -4,21 +4,13 @@ Layout (B, T, H, N), states (sequences, H, V, K) in float32 (float64 where the i
 and the T tokens are sequences end to end, each with its own state in and out.
 """
 
-import logging
-from functools import cache
 from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from infctx.ops import chunked, reference
-
-log = logging.getLogger(__name__)
-
-# The compiled CPU kernel, CUDA and flash-linear-attention add a row each.
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+from infctx.ops.backends import BACKENDS, choose
 
 
 def wkv4(
@@ -36,7 +28,8 @@ def wkv4(
     n = _check({"k": k, "v": v}, cu_seqlens, 3)
     _require(w.shape == u.shape == v.shape[2:], f"w and u must be (C,), got {tuple(w.shape)} and {tuple(u.shape)}")
     _check_state(state, (n, 3, v.shape[2]), v)
-    return torch.ops.infctx.wkv4(w, u, k, v, state, cu_seqlens, _backend(backend, v))
+    inputs = (w, u, k, v, state)
+    return torch.ops.infctx.wkv4(*inputs, cu_seqlens, choose(backend, v.device.type), _keep(*inputs))[:2]
 
 
 def wkv6(
@@ -55,7 +48,8 @@ def wkv6(
     heads, size = v.shape[2:]
     _require(u.shape == (heads, size), f"u must be (H, N) = {(heads, size)}, got {tuple(u.shape)}")
     _check_state(state, (n, heads, size, size), v)
-    return torch.ops.infctx.wkv6(r, k, v, w, u, state, cu_seqlens, _backend(backend, v))
+    inputs = (r, k, v, w, u, state)
+    return torch.ops.infctx.wkv6(*inputs, cu_seqlens, choose(backend, v.device.type), _keep(*inputs))[:2]
 
 
 def wkv7(
@@ -77,88 +71,75 @@ def wkv7(
     n = _check({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, cu_seqlens, 4)
     heads, size = v.shape[2:]
     _check_state(state, (n, heads, size, size), v)
-    return torch.ops.infctx.wkv7(r, w, k, v, a, b, state, cu_seqlens, _backend(backend, v))
+    inputs = (r, w, k, v, a, b, state)
+    return torch.ops.infctx.wkv7(*inputs, cu_seqlens, choose(backend, v.device.type), _keep(*inputs))[:2]
 
 
-def choose(backend: str, device: str) -> str:
-    """The backend's name for a device type; says once what "auto" came to.
-
-    Raises: ValueError if there is no such backend.
-    """
-    if backend == "auto":
-        return "chunked" if torch.compiler.is_compiling() else _announce("chunked", device)
-    if backend not in BACKENDS:
-        raise ValueError(f"kernel {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")
-    return backend
+def _keep(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-@cache
-def _announce(name: str, device: str) -> str:
-    log.info("wkv kernel on %s: %s", device, name)
-    return name
-
-
-def _backend(backend: str, v: Tensor) -> str:
-    # Tiles are made for many tokens: one at a time, as generation needs them, the plain recurrence is faster.
-    return "reference" if backend == "auto" and v.shape[1] == 1 else choose(backend, v.device.type)
-
-
-def _declare(name: str, inputs: str, constants: str = "") -> None:
-    """Declare an op and its gradient to torch. Args: names of the inputs in order; constants: those without tokens."""
+def _declare(name: str, inputs: str) -> None:
+    """Declare an op and its gradient to torch. Args: inputs: their names in order."""
     names = inputs.split()
-    tokens = [x not in constants.split() for x in names]
     at_v, count = names.index("v"), len(names)
     given = ", ".join(f"Tensor {x}" for x in names) + ", Tensor state, Tensor? cu_seqlens, str backend"
 
-    def prepared(args: Any) -> tuple[tuple[Tensor, ...], Tensor, list[int], Any]:
-        tensors, (state, cu_seqlens, backend) = args[:count], args[count : count + 3]
-        flat = tuple((x.flatten(0, 1) if t else x).to(state.dtype) for x, t in zip(tensors, tokens, strict=True))
-        return flat, state, _lengths(tensors[at_v], cu_seqlens), BACKENDS[backend]
-
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        flat, state, lengths, module = prepared(args)
-        with torch.autocast(state.device.type, enabled=False):  # it would reach the backend's own matrix products
-            y, last = getattr(module, f"{name}_forward")(flat, state, lengths)
-        return y.view(args[at_v].shape).to(args[at_v].dtype, copy=True), last
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        tensors, (state, cu_seqlens, backend, keep), v = args[:count], args[count:], args[at_v]
+        y, last, saved = BACKENDS[backend].forward(name, tensors, state, _borders(v, cu_seqlens), keep)
+        return y.view(v.shape).to(v.dtype), last, saved
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
-        flat, state, lengths, module = prepared(args)
-        dy, dstate = args[-2].flatten(0, 1).to(state.dtype), args[-1]
-        with torch.autocast(state.device.type, enabled=False):
-            *grads, first = getattr(module, f"{name}_backward")(flat, state, dy, dstate, lengths)
-        return *(g.view(x.shape).to(x.dtype) for g, x in zip(grads, args[:count], strict=True)), first
+        tensors, (state, cu_seqlens, backend, saved, dy, dstate) = args[:count], args[count:]
+        borders = _borders(args[at_v], cu_seqlens)
+        *grads, first = BACKENDS[backend].backward(name, tensors, state, saved, dy, dstate, borders)
+        return *(g.view(x.shape).to(x.dtype) for g, x in zip(grads, tensors, strict=True)), first
 
     def empty(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    def setup(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[:-1])
-        ctx.backend = inputs[-1]
+    def fake(*args: Any) -> tuple[Tensor, ...]:
+        tensors, (state, _, backend, keep) = args[:count], args[count:]
+        saved = BACKENDS[backend].saved(name, tensors, state) if keep else 0
+        return empty(args[at_v]), empty(state), state.new_empty(saved)
 
-    def gradient(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:-2], output[2])
+        ctx.backend = inputs[-2]
+        ctx.set_materialize_grads(False)  # zeros for `saved` would take its memory again
+
+    def gradient(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        *tensors, saved = ctx.saved_tensors
+        dy = torch.zeros_like(tensors[at_v]) if dy is None else dy
+        dstate = torch.zeros_like(tensors[count]) if dstate is None else dstate
         call = getattr(torch.ops.infctx, f"{name}_backward")
-        return *call(*ctx.saved_tensors, ctx.backend, dy, dstate), None, None
+        return *call(*tensors, ctx.backend, saved, dy, dstate), None, None, None
 
     out = ", ".join(["Tensor"] * (count + 1))
-    op = torch.library.custom_op(f"infctx::{name}", forward, mutates_args=(), schema=f"({given}) -> (Tensor, Tensor)")
-    back = torch.library.custom_op(
-        f"infctx::{name}_backward", backward, mutates_args=(), schema=f"({given}, Tensor dy, Tensor dstate) -> ({out})"
+    op = torch.library.custom_op(
+        f"infctx::{name}", forward, mutates_args=(), schema=f"({given}, bool keep) -> (Tensor, Tensor, Tensor)"
     )
-    op.register_fake(lambda *args: (empty(args[at_v]), empty(args[count])))
+    back = torch.library.custom_op(
+        f"infctx::{name}_backward", backward, mutates_args=(),
+        schema=f"({given}, Tensor saved, Tensor dy, Tensor dstate) -> ({out})",
+    )  # fmt: skip
+    op.register_fake(fake)
     back.register_fake(lambda *args: tuple(empty(x) for x in args[: count + 1]))
     op.register_autograd(gradient, setup_context=setup)
 
 
-def _lengths(v: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+def _borders(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each sequence begins, and the end of the last, (sequences + 1,) int64 beside v."""
     if cu_seqlens is None:
-        return [v.shape[1]] * v.shape[0]
-    borders = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in pairwise(borders)]
-    _require(
-        borders[0] == 0 and borders[-1] == v.shape[1] and min(lengths, default=0) >= 0,
-        f"cu_seqlens must rise from 0 to T = {v.shape[1]}, got {borders[:4]} ... {borders[-1]}",
-    )
-    return lengths
+        return torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1]
+    if cu_seqlens.device.type == "cpu":  # on a GPU the kernels check for themselves, without a wait
+        found = cu_seqlens.tolist()
+        _require(
+            found[0] == 0 and found[-1] == v.shape[1] and all(x <= y for x, y in pairwise(found)),
+            f"cu_seqlens must rise from 0 to T = {v.shape[1]}, got {found[:4]} ... {found[-1]}",
+        )
+    return cu_seqlens.to(v.device, torch.int64, non_blocking=True)
 
 
 def _require(true: bool, message: str) -> None:
@@ -187,6 +168,6 @@ def _check_state(state: Tensor, shape: tuple[int, ...], v: Tensor) -> None:
     _require(state.dtype == wanted, f"state must be {wanted} for {v.dtype} inputs, got {state.dtype}")
 
 
-_declare("wkv4", "w u k v", constants="w u")
-_declare("wkv6", "r k v w u", constants="u")
+_declare("wkv4", "w u k v")
+_declare("wkv6", "r k v w u")
 _declare("wkv7", "r w k v a b")

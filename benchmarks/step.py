@@ -1,0 +1,179 @@
+"""A whole training step (forward, loss, backward, AdamW) beside the same step with other kernels and beside Llama.
+
+python benchmarks/step.py [--device cuda] [--tokens 1024 4096] [--precision fp32 bf16] [--rounds 5] [--out FOLDER]
+
+Every candidate makes one step in each round, in shuffled order; figures are medians of tokens a second. `none` is the
+model with the recurrence replaced by a sum: what no kernel can beat. `fla-naive` is its torch form in
+flash-linear-attention.
+"""
+
+import argparse
+import importlib.util
+import random
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import record
+import torch
+from torch import Tensor
+
+import infctx
+from infctx.bptt import window_loss
+from infctx.ops import BACKENDS
+from infctx.segments import Window
+
+Step = Callable[[], None]
+
+
+class Nothing:
+    """The recurrence taken out: y is the sum of the inputs, the state stays."""
+
+    def saved(self, op, inputs, state):
+        return 0
+
+    def forward(self, op, inputs, state, borders, keep):
+        return sum(inputs[1:], start=inputs[0]).to(inputs[0].dtype), state.clone(), state.new_empty(0)
+
+    def backward(self, op, inputs, state, saved, dy, dstate, borders):
+        return *(dy.to(x.dtype).clone() if x.shape == dy.shape else torch.zeros_like(x) for x in inputs), dstate.clone()
+
+
+class FlaNaive:
+    """flash-linear-attention's torch chunk form of RWKV-7; it knows no packed sequences."""
+
+    def saved(self, op, inputs, state):
+        return 0
+
+    def run(self, inputs, state):
+        from fla.ops.generalized_delta_rule.dplr.naive import dplr_chunkwise
+
+        r, w, k, v, a, b = (x.to(state.dtype).transpose(1, 2) for x in inputs)
+        y, last = dplr_chunkwise(r * r.shape[-1] ** 0.5, k, v, a, b, w, state.mT, True, chunk_size=16)
+        return y.transpose(1, 2), last.mT
+
+    def forward(self, op, inputs, state, borders, keep):
+        y, last = self.run(inputs, state)
+        return y.contiguous(), last.contiguous(), state.new_empty(0)
+
+    def backward(self, op, inputs, state, saved, dy, dstate, borders):
+        leaves = [x.detach().requires_grad_() for x in (*inputs, state)]
+        with torch.enable_grad():
+            outputs = self.run(leaves[:-1], leaves[-1])
+        return tuple(g.contiguous() for g in torch.autograd.grad(outputs, leaves, [dy.to(state.dtype), dstate]))
+
+
+def ours(arch: str, kernel: str, options: argparse.Namespace, tokens: int, precision: str) -> Step:
+    """A step of `window_loss` on one segment."""
+    given = {"n_layer": options.layers, "n_embd": options.width, "vocab_size": options.vocab}
+    config = infctx.ModelConfig(arch=arch, head_size=1 if arch == "rwkv4" else 64, **given)
+    model = infctx.init_model(config, seed=0).to(options.device)
+    model.kernel = kernel
+    ids = torch.randint(options.vocab, (options.batch, 1, tokens + 1))
+    start = torch.zeros(options.batch, 1, tokens, dtype=torch.bool)
+    start[..., 0] = True
+    window = Window(ids[..., :-1].to(options.device), ids[..., 1:].to(options.device), start, start.int())
+    return train(model, lambda: window_loss(model, window, None)[0], precision, options.device)
+
+
+def llama(options: argparse.Namespace, tokens: int, precision: str) -> Step:
+    """The same step of a Llama of the same width, depth and about as many parameters, with SDPA."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=options.vocab, hidden_size=options.width, intermediate_size=3 * options.width,
+        num_hidden_layers=options.layers, num_attention_heads=options.width // 64, attn_implementation="sdpa",
+        max_position_embeddings=tokens, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(options.device)
+    ids = torch.randint(options.vocab, (options.batch, tokens), device=options.device)
+    return train(model, lambda: model(input_ids=ids, labels=ids).loss, precision, options.device)
+
+
+def train(model: torch.nn.Module, loss: Callable[[], Tensor], precision: str, device: str) -> Step:
+    """One optimizer step, whatever the model."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext():
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    step.parameters = sum(x.numel() for x in model.parameters())
+    return step
+
+
+def measure(steps: dict[str, Step], tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens a second of each: median and best of the rounds, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + 1):
+        for name in random.sample(list(steps), len(steps)):
+            begin = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - begin)
+    return {
+        name: {
+            "median": tokens / statistics.median(x[1:]),
+            "best": tokens / min(x[1:]),
+            "parameters": steps[name].parameters,
+        }
+        for name, x in seconds.items()
+    }
+
+
+def candidates(options: argparse.Namespace, tokens: int, precision: str) -> dict[str, Step]:
+    """Everything that can be measured here, the first being what the others are compared with."""
+    names = options.kernels or (["cpu", "chunked"] if options.device == "cpu" else ["cuda", "chunked"])
+    steps = {f"{arch} {name}": ours(arch, name, options, tokens, precision) for arch in options.arch for name in names}
+    arch = options.arch[0]
+    steps[f"{arch} none"] = ours(arch, "none", options, tokens, precision)
+    if importlib.util.find_spec("fla") and arch == "rwkv7" and options.batch == 1:
+        steps[f"{arch} fla-naive"] = ours(arch, "fla-naive", options, tokens, precision)
+    if importlib.util.find_spec("transformers"):
+        steps["llama sdpa"] = llama(options, tokens, precision)
+    return steps
+
+
+def main() -> None:
+    """Measure, print a table, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--arch", nargs="+", default=["rwkv7", "rwkv6"])
+    parser.add_argument("--kernels", nargs="+", help="backends of infctx")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096])
+    for name, value in {"batch": 1, "layers": 6, "width": 512, "vocab": 4096, "rounds": 5, "threads": None}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    BACKENDS.update({"none": Nothing(), "fla-naive": FlaNaive()})
+    rows, lines = (
+        [],
+        ["| tokens | precision | model and kernel | parameters | tokens/s | ratio |", "|---|---|---|---|---|---|"],
+    )
+    for tokens in options.tokens:
+        for precision in options.precision:
+            found = measure(candidates(options, tokens, precision), options.batch * tokens, options.rounds)
+            first = next(iter(found.values()))["median"]
+            for name, x in found.items():
+                rows.append({"tokens": tokens, "precision": precision, "name": name, **x, "ratio": x["median"] / first})
+                size = f"{x['parameters'] / 1e6:.1f} M"
+                lines.append(
+                    f"| {tokens} | {precision} | {name} | {size} | {x['median']:.0f} | {x['median'] / first:.2f} |"
+                )
+    print("\n".join(lines))
+    if options.out:
+        record.write(options.out / "step.json", options=str(options), threads=torch.get_num_threads(), rows=rows)
+        (options.out / "step.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
