@@ -98,7 +98,12 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return bits;
 }
 
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+// Unlike __expf without the instructions that keep subnormal results: they become 0.
+__device__ __forceinline__ float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 
 template <class T>
 __device__ __forceinline__ void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

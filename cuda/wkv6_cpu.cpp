@@ -3,9 +3,8 @@
 // No element of the state needs another, so a tile of it stays in registers over the tokens of a chunk. Forward: lanes
 // are values, and tile after tile of keys is added to y. The state is saved every CHUNK tokens. Backward: lanes are
 // keys. The states of a tile are made again from the saved one, then one sweep from the last token to the first carries
-// G = dL/dS, dL/dS <- dL/dS diag(e^w) + dy r^T. Gradients of v are sums over keys, all others sums over values: those
-// are made in two parts of the values, and the second is added to the first whoever made them.
-#include "cpu.h"
+// G = dL/dS of the state after a token to the one before it: G <- G diag(e^w) + dy r^T.
+#include "heads_cpu.h"
 
 namespace ISA {
 namespace {
@@ -15,11 +14,18 @@ struct Inputs {
   const T *r, *k, *v, *w, *u;
 
   explicit Inputs(void *const *x) : r((T *)x[0]), k((T *)x[1]), v((T *)x[2]), w((T *)x[3]), u((T *)x[4]) {}
+
+  // Asks for a share of a chunk that comes soon.
+  void prefetch_share(int64_t at, const Sizes &z, int64_t share, int64_t shares) const {
+    const T *const read[] = {r, k, v, w};
+    for (const T *p : read) prefetch_rows<0>(p + at, z, share, shares);
+  }
 };
 
-enum Key { DECAY, K, R, KEYS };              // of a token, (N,) each
-enum Value { VALUE, DY, VALUES };            // (N,) each
-enum Gradient { DW, DK, DR, GRADIENTS };     // (N,) each
+// What lies together of a token, (N,) each.
+enum Key { DECAY, K, R, KEYS };
+enum Value { VALUE, DY, VALUES };
+enum Gradient { DW, DK, DR, GRADIENTS };
 
 template <class T>
 void gather_keys(const Sizes &z, const Inputs<T> &x, int64_t at, int64_t count, T *keys) {
@@ -28,23 +34,12 @@ void gather_keys(const Sizes &z, const Inputs<T> &x, int64_t at, int64_t count, 
   copy_rows(x.r + at, z.stride, keys + R * z.n, KEYS * z.n, z.n, count);
 }
 
-// out[t] = r_t . (u k_t), what a token's own v counts in its y. lanes: room for CHUNK vectors.
+// out[t] = the sum over i of x_t[i] y_t[i] u[i], or without u. lanes: room for CHUNK vectors.
 template <class T>
-void bonus_of(const T *keys, const T *u, int64_t n, int64_t count, T *lanes, T *out) {
-  for (int64_t t = 0; t < count; t++, keys += KEYS * n) {
+void products(const T *x, const T *y, const T *u, int64_t size, int64_t n, int64_t count, T *lanes, T *out) {
+  for (int64_t t = 0; t < count; t++, x += size, y += size) {
     V<T> sum = {};
-    for (int64_t j = 0; j < n; j += W<T>) sum += load(keys + R * n + j) * (load(u + j) * load(keys + K * n + j));
-    store(lanes + t * W<T>, sum);
-  }
-  lane_sums(lanes, out, CHUNK);
-}
-
-// out[t] = v_t . dy_t
-template <class T>
-void seen_of(const T *values, int64_t n, int64_t count, T *lanes, T *out) {
-  for (int64_t t = 0; t < count; t++, values += VALUES * n) {
-    V<T> sum = {};
-    for (int64_t j = 0; j < n; j += W<T>) sum += load(values + VALUE * n + j) * load(values + DY * n + j);
+    for (int64_t j = 0; j < n; j += W<T>) sum += load(x + j) * (u ? load(u + j) * load(y + j) : load(y + j));
     store(lanes + t * W<T>, sum);
   }
   lane_sums(lanes, out, CHUNK);
@@ -84,22 +79,21 @@ void forward(const Call &call, void *const *arrays) {
     alignas(64) T lanes[CHUNK * W<T>], bonus[CHUNK];
     const int64_t begin = call.borders[sequence], end = call.borders[sequence + 1], matrix = z.state(sequence, head);
     const int64_t low = part * blocks / parts * width, high = (part + 1) * blocks / parts * width;
+    if (begin == end) return copy(given + matrix + low * n, last + matrix + low * n, (high - low) * n);
     for (int64_t i = low; i < high; i += width)
       transpose(given + matrix + i * n, n, state + i * n, width, width, n);
     for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
       const int64_t count = lesser(CHUNK, end - chunk), at = z.vector(chunk, head);
       gather_keys(z, x, at, count, keys);
       copy_rows(x.v + at + low, z.stride, v + low, n, high - low, count);
-      bonus_of(keys, x.u + head * n, n, count, lanes, bonus);
-      for (int64_t i = low; i < high; i += W<T>)
-        for (int64_t t = 0; t < count; t++) store(y + t * n + i, load(v + t * n + i) * bonus[t]);
+      products(keys + R * n, keys + K * n, x.u + head * n, KEYS * n, n, count, lanes, bonus);
+      for (int64_t t = 0; t < count; t++)
+        for (int64_t i = low; i < high; i += W<T>) store(y + t * n + i, load(v + t * n + i) * bonus[t]);
       for (int64_t i = low; i < high; i += width) {
         if (saved) transpose(state + i * n, width, saved + z.saved(begin, chunk, sequence, head) + i * n, n, n, width);
         for (int64_t j = 0; j < n; j += ROWS) {
-          if (chunk + CHUNK < end) {
-            const int64_t tile = ((i - low) / width * n + j) / ROWS, tiles = (high - low) / width * n / ROWS;
-            for (const T *p : {x.r, x.k, x.v, x.w}) prefetch_share<0>(p + at + CHUNK * z.stride, z, tile, tiles);
-          }
+          const int64_t tile = ((i - low) / width * n + j) / ROWS, tiles = (high - low) / width * n / ROWS;
+          if (chunk + CHUNK < end) x.prefetch_share(at + CHUNK * z.stride, z, tile, tiles);
           read<T, C>(state + i * n + j * width, keys + j, v + i, n, count, y + i);
         }
       }
@@ -159,100 +153,106 @@ void sweep(T *kept, const T *states, const T *keys, const T *values, int64_t n, 
   UNROLL for (int i = 0; i < ROWS; i++) store(kept + i * n, g[i]);
 }
 
-// A chunk's gradients of the keys as sums over states: those of w, and, for the first part, what the bonus adds.
 template <class T>
-void finish(const Sizes &z, const Scratch<T> &own, const T *u, int64_t count, T *du) {
-  const int64_t n = z.n;
-  for (int64_t j = 0; j < n; j += W<T>) {
-    V<T> sum = {}, uj = u ? load(u + j) : V<T>{};
-    for (int64_t t = 0; t < count; t++) {
-      const T *key = own.keys + t * KEYS * n + j;
-      T *grad = own.grads + t * GRADIENTS * n + j;
-      V<T> k = load(key + K * n), r = load(key + R * n);
-      store(grad + DW * n, load(grad + DW * n) * load(key + DECAY * n));
-      if (!u) continue;
-      put(grad + DK * n, uj * r * own.seen[t], true), put(grad + DR * n, uj * k * own.seen[t], true);
-      sum += k * r * own.seen[t];
-    }
-    if (u) put(du + j, sum, true);
+struct Backward {
+  const Sizes z;
+  const Inputs<T> x;
+  T *const *out, *const dv, *const du, *const first, *const space;
+  const T *const saved, *const dy, *const dstate;
+  T *const grads[GRADIENTS];
+
+  Backward(const Call &call, void *const *arrays)
+      : z(call), x(arrays), out((T *const *)arrays + 9), dv(out[2]), du(out[4]), first(out[5]), space(out[6]),
+        saved((T *)arrays[6]), dy((T *)arrays[7]), dstate((T *)arrays[8]), grads{out[3], out[1], out[0]} {}
+
+  void gather(const Scratch<T> &own, const T *u, int64_t at, int64_t count) const {
+    const int64_t n = z.n;
+    gather_keys(z, x, at, count, own.keys);
+    copy_rows(x.v + at, z.stride, own.values + VALUE * n, VALUES * n, n, count);
+    copy_rows(dy + at, z.stride, own.values + DY * n, VALUES * n, n, count);
+    products(own.keys + R * n, own.keys + K * n, u, KEYS * n, n, count, own.lanes, own.bonus);
+    products(own.values, own.values + DY * n, (T *)nullptr, VALUES * n, n, count, own.lanes, own.seen);
   }
-}
 
-template <class T>
-void backward(const Call &call, void *const *arrays) {
-  const Sizes z(call);
-  const Inputs<T> x(arrays);
-  T *const *out = (T *const *)arrays + 9, *first = out[5], *space = out[6];
-  const T *saved = (T *)arrays[6], *dy = (T *)arrays[7], *dstate = (T *)arrays[8];
-  T *const grads[GRADIENTS] = {out[3], out[1], out[0]}, *dv = out[2];
-  const bool split = must_split(call);
-  T *partial = space + call.threads * Scratch<T>::size(z);
-  for_each(call, split ? z.parts : 1, [=](int64_t sequence, int64_t head, int64_t part, int thread) {
-    const Scratch<T> own(space + thread * Scratch<T>::size(z), z);
-    const int64_t begin = call.borders[sequence], end = call.borders[sequence + 1], matrix = z.state(sequence, head);
-    const int64_t n = z.n, rows = n / z.parts, low = part * rows, high = split ? low + rows : n;
-    const T *u = x.u + head * n;
-    T *du = out[4] + z.vector(sequence, head);
-    __builtin_memcpy(first + matrix + low * n, dstate + matrix + low * n, sizeof(T) * (high - low) * n);
-    if (!part) fill(du, T(0), n);
-    if (begin == end) return;
-    for (int64_t chunk = begin + (end - begin - 1) / CHUNK * CHUNK; chunk >= begin; chunk -= CHUNK) {
-      const int64_t count = lesser(CHUNK, end - chunk), at = z.vector(chunk, head);
-      const T *kept = saved + z.saved(begin, chunk, sequence, head);
-      gather_keys(z, x, at, count, own.keys);
-      copy_rows(x.v + at, z.stride, own.values + VALUE * n, VALUES * n, n, count);
-      copy_rows(dy + at, z.stride, own.values + DY * n, VALUES * n, n, count);
-      bonus_of(own.keys, u, n, count, own.lanes, own.bonus);
-      seen_of(own.values, n, count, own.lanes, own.seen);
-      for (int64_t i = low; i < high; i += ROWS) {
-        for (int64_t j = 0; j < n; j += W<T>) {
-          if (chunk > begin) {
-            const int64_t tile = ((i - low) * n / ROWS + j) / W<T>, tiles = (high - low) * n / (ROWS * W<T>);
-            for (const T *p : {x.r, x.k, x.v, x.w, dy}) prefetch_share<0>(p + at - CHUNK * z.stride, z, tile, tiles);
-            prefetch<0>(kept - z.matrices + tile * ROWS * W<T>, ROWS * W<T>);
-            for (T *p : {out[0], out[1], out[2], out[3]}) prefetch_share<1>(p + at - CHUNK * z.stride, z, tile, tiles);
-          }
-          remake(kept + i * n + j, own.keys + j, own.values + i, n, count, own.states);
-          sweep(first + matrix + i * n + j, own.states, own.keys + j, own.values + i, n, count, own.grads + j,
-                      own.lanes, i % rows > 0, j > 0);
-        }
-        lane_sums(own.lanes, own.sums, (count * ROWS + W<T> - 1) / W<T> * W<T>);
-        for (int64_t t = 0; t < count; t++)
-          for (int m = 0; m < ROWS; m++)
-            dv[at + t * z.stride + i + m] =
-                own.sums[t * ROWS + m] + own.bonus[t] * own.values[(t * VALUES + DY) * n + i + m];
-        if ((i + ROWS) % rows) continue;
-        finish(z, own, i < rows ? u : nullptr, count, du);
-        for (int m = 0; m < GRADIENTS; m++)
-          copy_rows(own.grads + m * n, GRADIENTS * n, (part ? partial + m * z.vectors : grads[m]) + at, z.stride, n,
-                    count, i >= rows && !part);
-      }
+  void prefetch_share(int64_t at, const T *kept, int64_t share, int64_t shares) const {
+    x.prefetch_share(at, z, share, shares);
+    prefetch_rows<0>(dy + at, z, share, shares);
+    prefetch<0>(kept + share * ROWS * z.n, ROWS * z.n);
+    for (int i = 0; i < 4; i++) prefetch_rows<1>(out[i] + at, z, share, shares);
+  }
+
+  // ROWS values of a chunk, from i on. at: of the first token's dv.
+  void rows(const Scratch<T> &own, T *g, const T *kept, int64_t at, int64_t i, int64_t count, bool add) const {
+    const int64_t n = z.n;
+    for (int64_t j = 0; j < n; j += W<T>) {
+      remake(kept + j, own.keys + j, own.values + i, n, count, own.states);
+      sweep(g + j, own.states, own.keys + j, own.values + i, n, count, own.grads + j, own.lanes, add, j > 0);
     }
-  });
-  if (split && z.parts > 1) add_partials(call, grads, GRADIENTS, partial, z);
-}
+    lane_sums(own.lanes, own.sums, (count * ROWS + W<T> - 1) / W<T> * W<T>);
+    for (int64_t t = 0; t < count; t++)
+      for (int m = 0; m < ROWS; m++)
+        dv[at + t * z.stride + m] = own.sums[t * ROWS + m] + own.bonus[t] * own.values[(t * VALUES + DY) * n + i + m];
+  }
 
-template <class T>
-int64_t workspace(const Call &call) {
-  const Sizes z(call);
-  const int64_t partials = must_split(call) && z.parts > 1 ? GRADIENTS * z.vectors : 0;
-  return int64_t(sizeof(T)) * (call.threads * Scratch<T>::size(z) + partials);
-}
+  // Once a part has the sums over states: that of w times its decay, and for the first part what the bonus adds.
+  void finish(const Scratch<T> &own, const T *u, int64_t count, T *du) const {
+    const int64_t n = z.n;
+    for (int64_t j = 0; j < n; j += W<T>) {
+      V<T> sum = {};
+      for (int64_t t = 0; t < count; t++) {
+        const T *key = own.keys + t * KEYS * n + j;
+        T *grad = own.grads + t * GRADIENTS * n + j;
+        store(grad + DW * n, load(grad + DW * n) * load(key + DECAY * n));
+        if (!du) continue;
+        const V<T> k = load(key + K * n) * own.seen[t], r = load(key + R * n) * own.seen[t];
+        put(grad + DK * n, load(u + j) * r, true), put(grad + DR * n, load(u + j) * k, true);
+        sum += load(key + K * n) * r;
+      }
+      if (du) put(du + j, sum, true);
+    }
+  }
+
+  void run(const Call &call) const {
+    const bool split = must_split(call) && z.parts > 1;
+    T *partial = space + call.threads * Scratch<T>::size(z);
+    for_each(call, split ? z.parts : 1, [=](int64_t sequence, int64_t head, int64_t part, int thread) {
+      const Scratch<T> own(space + thread * Scratch<T>::size(z), z);
+      const int64_t begin = call.borders[sequence], end = call.borders[sequence + 1], matrix = z.state(sequence, head);
+      const int64_t n = z.n, half = n / z.parts, low = part * half, high = split ? low + half : n;
+      const T *u = x.u + head * n;
+      T *sum = du + z.vector(sequence, head);
+      copy(dstate + matrix + low * n, first + matrix + low * n, (high - low) * n);
+      if (!part) fill(sum, T(0), n);
+      for (int64_t chunk = z.last_chunk(begin, end); chunk >= begin; chunk -= CHUNK) {
+        const int64_t count = lesser(CHUNK, end - chunk), at = z.vector(chunk, head);
+        const T *kept = saved + z.saved(begin, chunk, sequence, head);
+        gather(own, u, at, count);
+        for (int64_t i = low; i < high; i += ROWS) {
+          if (chunk > begin)
+            prefetch_share(at - CHUNK * z.stride, kept - z.matrices, (i - low) / ROWS, (high - low) / ROWS);
+          rows(own, first + matrix + i * n, kept + i * n, at + i, i, count, i % half > 0);
+          if ((i + ROWS) % half) continue;
+          finish(own, u, count, i < half ? sum : nullptr);
+          for (int m = 0; m < GRADIENTS; m++)
+            copy_rows(own.grads + m * n, GRADIENTS * n, (part ? partial + m * z.vectors : grads[m]) + at, z.stride, n,
+                      count, i >= half && !part);
+        }
+      }
+    });
+    if (split) add_partials(call, grads, GRADIENTS, partial, z);
+  }
+};
 
 }  // namespace
 
 int wkv6_forward(const Call &call, void *const *arrays) {
-  return with_width<FORWARD_VECTORS>(call, [&](auto type, auto width) {
-    forward<decltype(type), width.value>(call, arrays);
-  });
+  return with_width<2>(call, [&](auto type, auto width) { forward<decltype(type), width.value>(call, arrays); });
 }
 
 int wkv6_backward(const Call &call, void *const *arrays) {
-  return with_width<1>(call, [&](auto type, auto) { backward<decltype(type)>(call, arrays); });
+  return with_width<1>(call, [&](auto type, auto) { Backward<decltype(type)>(call, arrays).run(call); });
 }
 
-int64_t wkv6_workspace(const Call &call) {
-  return call.dtype == F64 ? workspace<double>(call) : workspace<float>(call);
-}
+int64_t wkv6_workspace(const Call &call) { return workspace_of<Scratch>(call, GRADIENTS); }
 
 }  // namespace ISA

@@ -182,7 +182,7 @@ __device__ __forceinline__ void step_back(BackwardShared<T, N> &shared, Stage<T,
   Vectors<T> x(stage);
   Decays decays = make_decays(load_channels<N>(stage.w));
   add_scores<T, true>(shared.scores, stage, x, decays, shared.u);
-  store_channels<N>(stage.w, decays.level[LEVELS - 1]);  // registers are short
+  store_channels<N>(stage.w, decays.level[LEVELS - 1]);  // for a while: registers are short
   store_tile(shared.tail[own], COLUMNS, rounded<T>(unrounded<T>(x.k) * decays.tail));
   const Operand head = rounded<T>(unrounded<T>(x.r) * decays.head);
   Channels d;
@@ -192,7 +192,7 @@ __device__ __forceinline__ void step_back(BackwardShared<T, N> &shared, Stage<T,
   multiply_states(shared, stage, g, d, scores, cross);
   d.r = d.r * decays.head, d.k = d.k * decays.tail;
   __syncthreads();
-  x = Vectors<T>(stage);
+  x = Vectors<T>(stage);  // read again for the same reason
   const Tile dv = update(shared, stage, head, decays.total, g);
   store_tile(&stage.x[V][0][own], N + 8, rounded<T>(dv));
   through_states(d, x, decays, cross);

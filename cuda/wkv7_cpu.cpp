@@ -3,9 +3,8 @@
 // Forward: lanes are values, and one pass over S per token does the decay, both rank-1 updates, y, and S a of the token
 // that follows. The state is saved every CHUNK tokens, S a at each. Backward: lanes are keys. The states of a chunk are
 // made again from the saved one, never by dividing by the decay; then one pass per token, from the last to the first,
-// does the gradients and takes G = dL/dS back to the token before. Gradients of v are sums over keys, all others sums
-// over values: those are made strip by strip of values, and added in the order of the strips whoever made them.
-#include "cpu.h"
+// does the gradients and takes G = dL/dS back to the token before: G <- G diag(e^w) + (G b) a^T + dy r^T of that token.
+#include "heads_cpu.h"
 
 namespace ISA {
 namespace {
@@ -44,11 +43,23 @@ void step(T *s, int64_t n, const T *keys, const T *values, T *sa, T *y) {
   UNROLL for (int c = 0; c < C; c++) store(y + c * W<T>, read[c]), store(sa + c * W<T>, next[c]);
 }
 
+// What the steps of a chunk need of its tokens: e^w, b, k, r, and a of the token after.
+template <class T>
+void gather_steps(const Sizes &z, const Inputs<T> &x, int64_t at, int64_t count, bool is_last, T *keys) {
+  const int64_t n = z.n, size = 5 * n, after = is_last ? count - 1 : count;
+  exp_rows(x.w + at, z.stride, keys, size, n, count);
+  copy_rows(x.b + at, z.stride, keys + n, size, n, count);
+  copy_rows(x.k + at, z.stride, keys + 2 * n, size, n, count);
+  copy_rows(x.r + at, z.stride, keys + 3 * n, size, n, count);
+  copy_rows(x.a + at + z.stride, z.stride, keys + 4 * n, size, n, after);
+  if (is_last) fill(keys + after * size + 4 * n, T(0), n);
+}
+
 template <class T, int C>
 void forward(const Call &call, void *const *arrays) {
   const Sizes z(call);
-  T *y = (T *)arrays[7], *last = (T *)arrays[8], *saved = (T *)arrays[9], *saved_sa = saved + z.states * z.matrices;
   const T *given = (T *)arrays[6];
+  T *y = (T *)arrays[7], *last = (T *)arrays[8], *saved = (T *)arrays[9], *saved_sa = saved + z.states * z.matrices;
   const Inputs<T> x(arrays, saved_sa);
   constexpr int width = C * W<T>;
   const int64_t n = z.n, blocks = n / width, parts = must_split(call) ? blocks : 1;
@@ -56,24 +67,23 @@ void forward(const Call &call, void *const *arrays) {
     alignas(64) T state[LARGEST * LARGEST], keys[CHUNK * 5 * LARGEST], sa[LARGEST];
     const int64_t begin = call.borders[sequence], end = call.borders[sequence + 1], matrix = z.state(sequence, head);
     const int64_t low = part * blocks / parts * width, high = (part + 1) * blocks / parts * width;
+    if (begin == end) return copy(given + matrix + low * n, last + matrix + low * n, (high - low) * n);
     for (int64_t i = low; i < high; i += width) {
       transpose(given + matrix + i * n, n, state + i * n, width, width, n);
-      if (begin < end) apply<T, C>(state + i * n, x.a + z.vector(begin, head), n, sa + i);
+      apply<T, C>(state + i * n, x.a + z.vector(begin, head), n, sa + i);
     }
     for (int64_t chunk = begin; chunk < end; chunk += CHUNK) {
-      const int64_t count = lesser(CHUNK, end - chunk), at = z.vector(chunk, head), ahead = lesser(count, end - chunk - 1);
-      const T *const rows[] = {x.b, x.k, x.r};
-      exp_rows(x.w + at, z.stride, keys, 5 * n, n, count);
-      for (int i = 0; i < 3; i++) copy_rows(rows[i] + at, z.stride, keys + (i + 1) * n, 5 * n, n, count);
-      copy_rows(x.a + at + z.stride, z.stride, keys + 4 * n, 5 * n, n, ahead);
-      if (ahead < count) fill(keys + (5 * count - 1) * n, T(0), n);
+      const int64_t count = lesser(CHUNK, end - chunk), at = z.vector(chunk, head);
+      gather_steps(z, x, at, count, chunk + count == end, keys);
       for (int64_t i = low; i < high; i += width) {
         if (saved) transpose(state + i * n, width, saved + z.saved(begin, chunk, sequence, head) + i * n, n, n, width);
         for (int64_t t = 0; t < count; t++) {
           const int64_t row = at + t * z.stride + i;
-          if (i == low && chunk + t + CHUNK < end)
-            for (const T *p : {x.r, x.w, x.k, x.v, x.a, x.b}) prefetch<0>(p + row + CHUNK * z.stride, n);
-          if (saved) __builtin_memcpy(saved_sa + row, sa + i, sizeof(T) * width);
+          if (i == low && chunk + t + CHUNK < end) {
+            const T *const soon[] = {x.r, x.w, x.k, x.v, x.a, x.b};
+            for (const T *p : soon) prefetch<0>(p + row + CHUNK * z.stride, n);
+          }
+          if (saved) copy(sa + i, saved_sa + row, width);
           step<T, C>(state + i * n, n, keys + t * 5 * n, x.v + row, sa + i, y + row);
         }
       }
@@ -124,9 +134,9 @@ void gather_values(const Sizes &z, const Inputs<T> &x, const T *dy, int64_t at, 
     fill(values + DY * ROWS, T(0), ROWS);
     for (int64_t t = 0; t < count; t++) {
       const int64_t from = at + t * z.stride + i;
-      copy_few(x.v + from, values + t * size + VALUE * ROWS);
-      copy_few(x.sa + from, values + t * size + SA * ROWS);
-      copy_few(dy + from, values + (t + 1) * size + DY * ROWS);
+      copy(x.v + from, values + t * size + VALUE * ROWS, ROWS);
+      copy(x.sa + from, values + t * size + SA * ROWS, ROWS);
+      copy(dy + from, values + (t + 1) * size + DY * ROWS, ROWS);
     }
   }
 }
@@ -199,76 +209,79 @@ void pass(const T *s, T *g, int64_t n, int64_t strip, const T *keys, const T *va
 }
 
 template <class T, int C>
-void backward(const Call &call, void *const *arrays) {
-  const Sizes z(call);
-  T *const *out = (T *const *)arrays + 10, *first = out[6], *space = out[7], *saved = (T *)arrays[7];
-  const T *dy = (T *)arrays[8], *dstate = (T *)arrays[9];
-  const Inputs<T> x(arrays, saved + z.states * z.matrices);
-  T *const grads[GRADIENTS] = {out[1], out[2], out[5], out[4], out[0]}, *dv = out[3];
-  const bool split = must_split(call);
-  T *partial = space + call.threads * Scratch<T>::size(z);
-  for_each(call, split ? z.parts : 1, [=](int64_t sequence, int64_t head, int64_t part, int thread) {
-    const Scratch<T> own(space + thread * Scratch<T>::size(z), z);
-    const int64_t begin = call.borders[sequence], end = call.borders[sequence + 1], matrix = z.state(sequence, head);
-    const int64_t n = z.n, rows = n / z.parts, low = part * rows, high = split ? low + rows : n;
-    __builtin_memcpy(first + matrix + low * n, dstate + matrix + low * n, sizeof(T) * (high - low) * n);
-    if (begin == end) return;
-    for (int64_t chunk = begin + (end - begin - 1) / CHUNK * CHUNK; chunk >= begin; chunk -= CHUNK) {
-      const int64_t count = lesser(CHUNK, end - chunk), at = z.vector(chunk, head);
-      const T *kept = saved + z.saved(begin, chunk, sequence, head);
-      gather_keys(z, x, at, count, own.keys);
-      for (int64_t i = low; i < high; i += z.strip) {
-        T *g = first + matrix + i * n;
-        gather_values(z, x, dy, at + i, count, own.values);
-        remake<T, C>(kept + i * n, own.keys, own.values, n, z.strip, count, own.states);
-        for (int64_t t = count; t >= 0; t--) {
-          T *values = own.values + t * VALUES * z.strip;
-          if (i == low && chunk > begin && t < CHUNK) {
-            const int64_t soon = at + (t - CHUNK) * z.stride;
-            for (const T *p : {x.r, x.w, x.k, x.v, x.a, x.b, x.sa, dy}) prefetch<0>(p + soon, n);
-            prefetch<0>(kept - z.matrices + t * n * n / CHUNK, n * n / CHUNK);
-            for (T *p : {out[0], out[1], out[2], out[3], out[4], out[5]}) prefetch<1>(p + soon, n);
-          }
-          pass<T, C>(own.states + t * ROWS * C * W<T>, g, n, z.strip, own.keys + t * KEYS * n, values,
-                     values - VALUES * z.strip, own.grads + t * GRADIENTS * n, own.lanes, i % rows > 0);
-        }
-        for (int64_t t = 0; t < count; t++)
-          for (int64_t m = 0; m < z.strip; m += ROWS)
-            copy_few(own.values + (t * z.strip + m) * VALUES + DV * ROWS, dv + at + t * z.stride + i + m);
-        if ((i + z.strip) % rows) continue;
-        for (int m = 0; m < GRADIENTS; m++) {
-          const T *from = own.grads + m * n + (m == DR) * GRADIENTS * n;
-          copy_rows(from, GRADIENTS * n, (part ? partial + m * z.vectors : grads[m]) + at, z.stride, n, count, i >= rows && !part);
+struct Backward {
+  const Sizes z;
+  T *const *out, *const dv, *const first, *const space;
+  const T *const saved, *const dy, *const dstate;
+  const Inputs<T> x;
+  T *const grads[GRADIENTS];
+
+  Backward(const Call &call, void *const *arrays)
+      : z(call), out((T *const *)arrays + 10), dv(out[3]), first(out[6]), space(out[7]), saved((T *)arrays[7]),
+        dy((T *)arrays[8]), dstate((T *)arrays[9]), x(arrays, saved + z.states * z.matrices),
+        grads{out[1], out[2], out[5], out[4], out[0]} {}
+
+  // One token of the chunk before, whose states begin at `kept`: asked for while this one is computed.
+  void prefetch_token(int64_t at, const T *kept, int64_t t) const {
+    const T *const read[] = {x.r, x.w, x.k, x.v, x.a, x.b, x.sa, dy};
+    for (const T *p : read) prefetch<0>(p + at + t * z.stride, z.n);
+    prefetch<0>(kept + t * z.n * z.n / CHUNK, z.n * z.n / CHUNK);
+    for (int i = 0; i < 6; i++) prefetch<1>(out[i] + at + t * z.stride, z.n);
+  }
+
+  // The strip of values from i on.
+  void strip(const Scratch<T> &own, T *g, const T *kept, int64_t at, int64_t count, bool add, bool ask) const {
+    const int64_t n = z.n, size = VALUES * z.strip;
+    gather_values(z, x, dy, at, count, own.values);
+    remake<T, C>(kept, own.keys, own.values, n, z.strip, count, own.states);
+    for (int64_t t = count; t >= 0; t--) {
+      T *values = own.values + t * size;
+      if (ask && t < CHUNK) prefetch_token(at - CHUNK * z.stride, kept - z.matrices, t);
+      pass<T, C>(own.states + t * ROWS * C * W<T>, g, n, z.strip, own.keys + t * KEYS * n, values, values - size,
+                 own.grads + t * GRADIENTS * n, own.lanes, add);
+    }
+    for (int64_t t = 0; t < count; t++)
+      for (int64_t i = 0; i < z.strip; i += ROWS)
+        copy(own.values + t * size + i * VALUES + DV * ROWS, dv + at + t * z.stride + i, ROWS);
+  }
+
+  void run(const Call &call) const {
+    const bool split = must_split(call) && z.parts > 1;
+    T *partial = space + call.threads * Scratch<T>::size(z);
+    for_each(call, split ? z.parts : 1, [=](int64_t sequence, int64_t head, int64_t part, int thread) {
+      const Scratch<T> own(space + thread * Scratch<T>::size(z), z);
+      const int64_t begin = call.borders[sequence], end = call.borders[sequence + 1], matrix = z.state(sequence, head);
+      const int64_t n = z.n, rows = n / z.parts, low = part * rows, high = split ? low + rows : n;
+      copy(dstate + matrix + low * n, first + matrix + low * n, (high - low) * n);
+      for (int64_t chunk = z.last_chunk(begin, end); chunk >= begin; chunk -= CHUNK) {
+        const int64_t count = lesser(CHUNK, end - chunk), at = z.vector(chunk, head);
+        const T *kept = saved + z.saved(begin, chunk, sequence, head);
+        gather_keys(z, x, at, count, own.keys);
+        for (int64_t i = low; i < high; i += z.strip) {
+          strip(own, first + matrix + i * n, kept + i * n, at + i, count, i % rows > 0, i == low && chunk > begin);
+          if ((i + z.strip) % rows) continue;
+          for (int m = 0; m < GRADIENTS; m++)
+            copy_rows(own.grads + m * n + (m == DR) * GRADIENTS * n, GRADIENTS * n,
+                      (part ? partial + m * z.vectors : grads[m]) + at, z.stride, n, count, i >= rows && !part);
         }
       }
-    }
-  });
-  if (split && z.parts > 1) add_partials(call, grads, GRADIENTS, partial, z);
-}
-
-template <class T>
-int64_t workspace(const Call &call) {
-  const Sizes z(call);
-  const int64_t partials = must_split(call) && z.parts > 1 ? GRADIENTS * z.vectors : 0;
-  return int64_t(sizeof(T)) * (call.threads * Scratch<T>::size(z) + partials);
-}
+    });
+    if (split) add_partials(call, grads, GRADIENTS, partial, z);
+  }
+};
 
 }  // namespace
 
 int wkv7_forward(const Call &call, void *const *arrays) {
-  return with_width<FORWARD_VECTORS>(call, [&](auto type, auto width) {
-    forward<decltype(type), width.value>(call, arrays);
-  });
+  return with_width<2>(call, [&](auto type, auto width) { forward<decltype(type), width.value>(call, arrays); });
 }
 
 int wkv7_backward(const Call &call, void *const *arrays) {
-  return with_width<BACKWARD_VECTORS>(call, [&](auto type, auto width) {
-    backward<decltype(type), width.value>(call, arrays);
+  return with_width<VECTORS>(call, [&](auto type, auto width) {
+    Backward<decltype(type), width.value>(call, arrays).run(call);
   });
 }
 
-int64_t wkv7_workspace(const Call &call) {
-  return call.dtype == F64 ? workspace<double>(call) : workspace<float>(call);
-}
+int64_t wkv7_workspace(const Call &call) { return workspace_of<Scratch>(call, GRADIENTS); }
 
 }  // namespace ISA

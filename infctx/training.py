@@ -25,7 +25,8 @@ class InfctxModule(pl.LightningModule):
         load: weights to start from: .pth, .safetensors, a checkpoint or a run folder. Wins over `init`.
         init: sizes of a new model.
         horizon: segments the gradient reaches back; null: the whole window (exact); 1: classical truncated BPTT.
-        kernel: backend of the recurrence: auto, reference, chunked, cpu, cuda, cuda-recurrent, cuda-tensor, cuda-pieces, fla.
+        kernel: backend of the recurrence: auto, reference, chunked, cpu, fla, or cuda, also with -recurrent, -tensor or
+            -pieces.
         tuning: null: all weights.
         optimizer: how weights are updated.
         l2_penalty: on the largest logit of each token; RWKV-LM's L2Wrap is 1.0e-4.

@@ -186,3 +186,12 @@ def test_wrong_constants_are_refused(name):
 def test_unknown_backend_is_refused(name):
     with pytest.raises(ValueError, match="choose one of: auto, reference, chunked"):
         OPS[name](*inputs(name, 1, 8), backend="fast")
+
+
+def test_a_head_size_without_a_kernel(name, caplog):
+    """Chosen automatically it is computed all the same, and said; asked for by name it is refused."""
+    args = inputs(name, 2, 20, n=8)
+    assert worst(everything(OPS[name], args), expected(name, args)) < 1e-13
+    if name != "wkv4" and "cpu" in available("cpu"):
+        with pytest.raises(RuntimeError, match="no kernel for head size 8"):
+            OPS[name](*args, backend="cpu")

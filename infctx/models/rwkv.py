@@ -48,7 +48,7 @@ class RWKV(nn.Module):
 
     Args:
         config: its sizes.
-        kernel: backend of the recurrence: auto, reference or chunked.
+        kernel: backend of the recurrence, a key of `ops.BACKENDS`, or auto.
     """
 
     def __init__(self, config: ModelConfig, kernel: str = "auto") -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from infctx.ops import chunked, cuda, fla, native, reference
 
 log = logging.getLogger(__name__)
+SIZES = (16, 32, 64, 128)  # of heads that there are compiled kernels for
 
 
 class Backend(Protocol):
@@ -102,26 +103,29 @@ def require_known(backend: str) -> None:
 
 
 @torch.compiler.assume_constant_result
-def choose(backend: str, device: str) -> str:
+def choose(backend: str, device: str, size: int | None = None, double: bool = False) -> str:
     """The backend's name for a device type; says once what "auto" came to.
 
+    Args: size: of a head, None where any will do. double: whether the inputs are float64.
     Raises: ValueError if there is no such backend, or not on this device.
     """
     require_known(backend)
     if backend == "auto":
-        return _automatic(device)
+        return _automatic(device, size in (None, *SIZES), double and device == "cuda")
     if refusal := _refusal(backend, device):
         raise ValueError(f"kernel {backend!r} {refusal}")
     return backend
 
 
 @cache
-def _automatic(device: str) -> str:
+def _automatic(device: str, fits: bool = True, double: bool = False) -> str:
     name = "chunked"
     try:
-        if device == "cpu":
+        if not fits:
+            log.info("head sizes other than %s have no compiled kernel", ", ".join(map(str, SIZES)))
+        elif device == "cpu":
             name = "cpu" if native.CPU.library else name
-        elif device == "cuda":
+        elif device == "cuda" and not double:
             name = "cuda" if cuda.build() else name
     except RuntimeError as error:
         name = name if fla.missing(device) else "fla"

@@ -20,7 +20,7 @@ from infctx.ops.native import VALUE, Native
 
 log = logging.getLogger(__name__)
 FORMS = ("auto", "recurrent", "tensor", "pieces")
-TENSOR = {"wkv6": (16, 32, 64, 128), "wkv7": (64, 128)}  # head sizes with a tensor-core kernel
+TENSOR = {"wkv6": (16, 32, 64, 128), "wkv7": (16, 32, 64, 128)}  # head sizes with a tensor-core kernel
 ROWS = 16  # value rows of a state in a block of the recurrent kernels
 
 

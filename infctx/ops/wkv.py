@@ -29,7 +29,7 @@ def wkv4(
     _require(w.shape == u.shape == v.shape[2:], f"w and u must be (C,), got {tuple(w.shape)} and {tuple(u.shape)}")
     _check_state(state, (n, 3, v.shape[2]), v)
     inputs = (w, u, k, v, state)
-    return torch.ops.infctx.wkv4(*inputs, cu_seqlens, choose(backend, v.device.type), _keep(*inputs))[:2]
+    return torch.ops.infctx.wkv4(*inputs, cu_seqlens, _choose(backend, v), _keep(*inputs))[:2]
 
 
 def wkv6(
@@ -49,7 +49,7 @@ def wkv6(
     _require(u.shape == (heads, size), f"u must be (H, N) = {(heads, size)}, got {tuple(u.shape)}")
     _check_state(state, (n, heads, size, size), v)
     inputs = (r, k, v, w, u, state)
-    return torch.ops.infctx.wkv6(*inputs, cu_seqlens, choose(backend, v.device.type), _keep(*inputs))[:2]
+    return torch.ops.infctx.wkv6(*inputs, cu_seqlens, _choose(backend, v), _keep(*inputs))[:2]
 
 
 def wkv7(
@@ -72,7 +72,11 @@ def wkv7(
     heads, size = v.shape[2:]
     _check_state(state, (n, heads, size, size), v)
     inputs = (r, w, k, v, a, b, state)
-    return torch.ops.infctx.wkv7(*inputs, cu_seqlens, choose(backend, v.device.type), _keep(*inputs))[:2]
+    return torch.ops.infctx.wkv7(*inputs, cu_seqlens, _choose(backend, v), _keep(*inputs))[:2]
+
+
+def _choose(backend: str, v: Tensor) -> str:
+    return choose(backend, v.device.type, v.shape[3] if v.dim() == 4 else None, v.dtype == torch.float64)
 
 
 def _keep(*tensors: Tensor) -> bool:
