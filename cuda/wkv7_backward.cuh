@@ -97,11 +97,16 @@ struct Columns {
 // What comes through the states at both ends of the chunk. The gradients of the squares are left in their place.
 template <class T, int N>
 __device__ __forceinline__ Columns through_states(BackwardShared<T, N> &shared, int c, const Stage<T, N, 6> &stage) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int AT_ONCE = N > 64 ? 8 : 4;  // each the number at which ptxas spills no register
+#else
+  constexpr int AT_ONCE = 4;
+#endif
   const int own = 16 * warp_id();
   Products<N> products(0);
   Columns d = {};
   Tile both = {};
-#pragma unroll 4
+#pragma unroll (AT_ONCE)
   for (int n = 0; n < N; n += 16) {
     const Operand s = load_transposed(&shared.s[n][own], N + 8), g = load_transposed(&shared.g[n][own], N + 8);
     const Operand dy = load_tile(&stage.x[DY][0][n], N + 8), du = load_tile(&shared.du[0][n], N + 8);
