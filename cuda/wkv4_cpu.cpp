@@ -141,6 +141,8 @@ void forward(const Call &call, void *const *arrays) {
       UNROLL for (int c = 0; c < VECTORS; c++) {
         const int64_t at = t * z.channels + first + c * W<T>, left = lanes - c * W<T>;
         const V<T> k = load_lanes(x[2] + at, left), v = load_lanes(x[3] + at, left);
+        if (const int64_t soon = at + 8 * z.channels; t + 8 < end)  // rows are too far apart for the processor to guess
+          __builtin_prefetch(x[2] + soon), __builtin_prefetch(x[3] + soon), __builtin_prefetch(x[5] + soon, 1);
         const Scales<T> now(s[c].exponent(w[c]), u[c] + k);
         store_lanes(x[5] + at, (now.left * s[c].n + now.right * v) / (now.left * s[c].d + now.right), left);
         s[c].add(w[c], k, v);
@@ -151,60 +153,49 @@ void forward(const Call &call, void *const *arrays) {
   });
 }
 
-// A vector of channels of a sequence, from `first` on, on the way back.
+// One vector of channels of a sequence, from `first` on.
 template <class T>
-struct Column {
-  int64_t first, lanes;
-  V<T> w, u, dw, du;
-  Gradient<T> g;
-
-  void begin(T *const *x, int64_t sequence, int64_t channels, int64_t from) {
-    const T *dstate = x[7] + sequence * PARTS * channels + from;
-    first = from, lanes = channels - from, dw = du = V<T>{};
-    w = load_decay(x[0] + first, lanes), u = load_lanes(x[1] + first, lanes);
-    g = Gradient<T>{load_lanes(dstate, lanes), load_lanes(dstate + channels, lanes), V<T>{}, V<T>{}};
-  }
-
-  void chunk(T *const *x, const T *kept, int64_t token, int64_t count, int64_t channels) {
-    State<T> states[CHUNK], s = {load_lanes(kept + first, lanes), load_lanes(kept + channels + first, lanes),
-                                 load_lanes(kept + 2 * channels + first, lanes), V<T>{}};
+void backward_lanes(const Call &call, T *const *x, const Layout &z, int64_t sequence, int64_t first) {
+  const int64_t lanes = z.channels - first, begin = call.borders[sequence], end = call.borders[sequence + 1];
+  const int64_t own = sequence * PARTS * z.channels + first;
+  const V<T> w = load_decay(x[0] + first, lanes), u = load_lanes(x[1] + first, lanes);
+  Gradient<T> g = {load_lanes(x[7] + own, lanes), load_lanes(x[7] + own + z.channels, lanes), {}, {}};
+  V<T> dw = {}, du = {};
+  for (int64_t chunk = begin + (end - begin - 1) / CHUNK * CHUNK; end > begin && chunk >= begin; chunk -= CHUNK) {
+    const int64_t count = lesser(CHUNK, end - chunk);
+    const T *kept = x[5] + z.saved(call, sequence, chunk) + first;
+    State<T> states[CHUNK], s = {load_lanes(kept, lanes), load_lanes(kept + z.channels, lanes),
+                                 load_lanes(kept + 2 * z.channels, lanes), V<T>{}};
     V<T> k[CHUNK], v[CHUNK];
-    for (int64_t t = 0, at = token * channels + first; t < count; t++, at += channels) {
+    for (int64_t t = 0; t < count; t++) {
+      const int64_t at = (chunk + t) * z.channels + first;
       states[t] = s, k[t] = load_lanes(x[2] + at, lanes), v[t] = load_lanes(x[3] + at, lanes);
       s.add(w, k[t], v[t]);
     }
     g.w = g.u = V<T>{};
-    for (int64_t t = count - 1, at = (token + t) * channels + first; t >= 0; t--, at -= channels) {
+    for (int64_t t = count - 1; t >= 0; t--) {
+      const int64_t at = (chunk + t) * z.channels + first;
       V<T> dv;
       const V<T> dk = g.back(states[t], w, u, k[t], v[t], load_lanes(x[6] + at, lanes), dv);
       store_lanes(x[10] + at, dk, lanes), store_lanes(x[11] + at, dv, lanes);
     }
     dw += g.w, du += g.u;
   }
-
-  void end(T *const *x, int64_t sequence, int64_t channels) const {
-    T *dstate = x[12] + sequence * PARTS * channels + first;
-    store_lanes(x[8] + sequence * channels + first, dw, lanes);
-    store_lanes(x[9] + sequence * channels + first, du, lanes);
-    store_lanes(dstate, g.n, lanes), store_lanes(dstate + channels, g.d, lanes);
-    store_lanes(dstate + 2 * channels, V<T>{}, lanes);
-  }
-};
+  store_lanes(x[8] + sequence * z.channels + first, dw, lanes);
+  store_lanes(x[9] + sequence * z.channels + first, du, lanes);
+  store_lanes(x[12] + own, g.n, lanes), store_lanes(x[12] + own + z.channels, g.d, lanes);
+  store_lanes(x[12] + own + 2 * z.channels, V<T>{}, lanes);
+}
 
 template <class T>
 void backward(const Call &call, void *const *arrays) {
   T *const *x = (T *const *)arrays;
   const Layout z = Layout::of(call, T());
   for_each(call, z.tasks, [=](int64_t sequence, int64_t, int64_t task, int) {
-    Column<T> columns[VECTORS];
-    const int64_t first = task * VECTORS * W<T>, begin = call.borders[sequence], end = call.borders[sequence + 1];
-    const int64_t count = lesser(VECTORS, (z.channels - first + W<T> - 1) / W<T>);
-    for (int64_t c = 0; c < count; c++) columns[c].begin(x, sequence, z.channels, first + c * W<T>);
-    for (int64_t chunk = begin + (end - begin - 1) / CHUNK * CHUNK; end > begin && chunk >= begin; chunk -= CHUNK) {
-      const T *kept = x[5] + z.saved(call, sequence, chunk);
-      for (int64_t c = 0; c < count; c++) columns[c].chunk(x, kept, chunk, lesser(CHUNK, end - chunk), z.channels);
+    for (int c = 0; c < VECTORS; c++) {
+      const int64_t first = (task * VECTORS + c) * W<T>;
+      if (first < z.channels) backward_lanes(call, x, z, sequence, first);
     }
-    for (int64_t c = 0; c < count; c++) columns[c].end(x, sequence, z.channels);
   });
 }
 
