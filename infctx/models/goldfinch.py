@@ -55,8 +55,7 @@ class FinchC2(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
         """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
-        previous, att_shift = token_shift(x, state.att_shift, shared.packing)
-        xr, xk, xv, xw, xv2 = rwkv6.data_dependent_mixes(self, x, previous)
+        (xr, xk, xv, xw, xv2), att_shift = rwkv6.data_dependent_mixes(self, x, state.att_shift, shared)
         w = rwkv6.data_dependent_decay(self, xw, state.wkv.dtype)
         k = self.key(xk) * -torch.expm1(w)
         r, k, v, w = (y.unflatten(-1, self.time_faaaa.shape) for y in (self.receptance(xr), k, self.value(xv), w))

@@ -8,21 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from infctx.ops.fused import Packing, pack_sequences, token_shift
 from infctx.state import KeyMemory
 
-
-class Packing(NamedTuple):
-    """N sequences end to end in one row of T tokens; indices into [carried (N), tokens (T)]."""
-
-    cu_seqlens: Tensor  # (N + 1,) int32
-    before: Tensor  # (T,) what precedes each token
-    after: Tensor  # (N,) what each sequence leaves behind; its own carried row if it has no token
+__all__ = ["Packing", "pack_sequences", "token_shift"]
 
 
 class Shared(NamedTuple):
     """What goes down the layers inside a segment."""
 
     kernel: str
+    form: str  # of what is around the recurrence: see `ops.fused`
     tokens: Tensor  # (B, T) int64
     embedded: Tensor  # (B, T, C) embeddings after ln0
     packing: Packing | None = None
@@ -34,26 +30,6 @@ class Shared(NamedTuple):
     def cu_seqlens(self) -> Tensor | None:
         """Borders of the sequences, if they are packed."""
         return self.packing.cu_seqlens if self.packing else None
-
-
-def pack_sequences(cu_seqlens: Tensor, length: int) -> Packing:
-    """Index the borders of sequences once for all layers. Args: cu_seqlens (N + 1,) from 0 to `length`."""
-    n = len(cu_seqlens) - 1
-    token = torch.arange(length, device=cu_seqlens.device)
-    border = cu_seqlens.long()
-    sequence = torch.searchsorted(border[1:], token, right=True)
-    before = torch.where(border[sequence] == token, sequence, token + (n - 1))
-    own = torch.arange(n, device=cu_seqlens.device)
-    return Packing(cu_seqlens, before, torch.where(border.diff() > 0, border[1:] + (n - 1), own))
-
-
-def token_shift(x: Tensor, carried: Tensor, packing: Packing | None) -> tuple[Tensor, Tensor]:
-    """The token before each one (B, T, C), and what to carry on (N, C). Args: x (B, T, C), carried (N, C) float32."""
-    if packing is None:
-        rows = torch.cat([carried.unsqueeze(1).to(x.dtype), x], 1)
-        return rows[:, :-1], rows[:, -1].clone().to(carried.dtype)  # a view would keep all rows alive
-    flat = torch.cat([carried.to(x.dtype), x.squeeze(0)])
-    return flat[packing.before].unsqueeze(0), flat[packing.after].to(carried.dtype)
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:

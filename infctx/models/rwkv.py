@@ -13,6 +13,7 @@ from infctx.models import goldfinch, rwkv4, rwkv5, rwkv6, rwkv7
 from infctx.models.layers import Shared, linear, pack_sequences
 from infctx.state import BlockState, KeyMemory, State
 
+COMPILED = ("auto", "cpu", "cuda")  # kernels with which the neighbours of the recurrence are compiled too
 Mixer = Callable[[ModelConfig, int], nn.Module]
 _RWKV5: tuple[Mixer, Mixer] = (rwkv5.TimeMix, rwkv5.ChannelMix)
 MIXERS: dict[str, tuple[Mixer, Mixer]] = {
@@ -88,7 +89,8 @@ class RWKV(nn.Module):
             raise ValueError(f"state holds {len(state.blocks[0].att_shift)} sequences, tokens are {n}")
         packing = None if cu_seqlens is None else pack_sequences(cu_seqlens, tokens.shape[1])
         x, after = self.blocks[0].ln0(self.emb(tokens)), []  # type: ignore[operator]
-        shared = Shared(self.kernel, tokens, x, packing)
+        form = "auto" if self.kernel.split("-")[0] in COMPILED else "plain"
+        shared = Shared(self.kernel, form, tokens, x, packing)
         for layer, (block, before) in enumerate(zip(self.blocks, state.blocks, strict=True)):
             if self.config.n_gold and layer == self.config.n_layer - self.config.n_gold:
                 shared = goldfinch.token_cat(self, x, shared, state.memory or self.empty_memory(n))

@@ -18,12 +18,11 @@ from infctx.models.layers import (
     linear,
     log_decay,
     parameters,
-    token_shift,
     zigzag,
 )
-from infctx.ops import wkv4
+from infctx.ops import fused, wkv4
 from infctx.ops.tiles import NOTHING
-from infctx.state import BlockState
+from infctx.state import BlockState, computing_dtype
 
 
 class TimeMix(nn.Module):
@@ -45,9 +44,10 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
         """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
-        previous, att_shift = token_shift(x, state.att_shift, shared.packing)
-        mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r)
-        xk, xv, xr = (torch.lerp(previous, x, mix.to(x.dtype)) for mix in mixes)
+        mixes = [1 - mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r)]
+        (xk, xv, xr), att_shift = fused.shift_mix(
+            x, state.att_shift, mixes, shared.packing, computing_dtype(x), form=shared.form
+        )
         k, v, r = self.key(xk), self.value(xv), torch.sigmoid(self.receptance(xr))
         w = log_decay(self.time_decay, state.wkv.dtype)
         y, wkv = wkv4(w, self.time_first, k, v, state.wkv, shared.cu_seqlens, shared.kernel)
@@ -86,9 +86,11 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, BlockState]:
         """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
-        previous, ffn_shift = token_shift(x, state.ffn_shift, shared.packing)
-        xk, xr = (torch.lerp(previous, x, m.to(x.dtype)) for m in (self.time_mix_k, self.time_mix_r))
-        k = torch.relu(self.key(xk)) ** 2
+        mixes = (1 - self.time_mix_k, 1 - self.time_mix_r)
+        (xk, xr), ffn_shift = fused.shift_mix(
+            x, state.ffn_shift, mixes, shared.packing, computing_dtype(x), form=shared.form
+        )
+        k = fused.relu_squared(self.key(xk), shared.form)
         return torch.sigmoid(self.receptance(xr)) * self.value(k), state._replace(ffn_shift=ffn_shift)
 
     @torch.no_grad()

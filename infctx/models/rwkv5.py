@@ -7,7 +7,6 @@ initial values as the official trainer's.
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.config import ModelConfig
@@ -21,12 +20,10 @@ from infctx.models.layers import (
     linear,
     log_decay,
     parameters,
-    token_shift,
 )
-from infctx.ops import wkv6
-from infctx.state import BlockState
-
-GROUP_NORM_EPS = 64e-5  # of y, which is 1e-5 of y / 8: the trainers divide by 8 first
+from infctx.ops import fused, wkv6
+from infctx.ops.fused import GROUP_NORM_EPS
+from infctx.state import BlockState, computing_dtype
 
 
 class TimeMix(nn.Module):
@@ -54,17 +51,20 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
         """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
-        previous, att_shift = token_shift(x, state.att_shift, shared.packing)
-        mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r)
-        xk, xv, xr = (torch.lerp(previous, x, mix.to(x.dtype)) for mix in mixes)
+        mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r) + ((self.time_mix_g,) if self.gated else ())
+        low, form = computing_dtype(x), shared.form
+        (xk, xv, xr, *xg), att_shift = fused.shift_mix(
+            x, state.att_shift, [1 - mix for mix in mixes], shared.packing, low, form=form
+        )
         r, k, v = (y.unflatten(-1, (-1, self.size)) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         u, w = getattr(self, self.bonus).to(state.wkv.dtype), log_decay(self.time_decay, state.wkv.dtype)
         u = torch.exp(u) if self.bonus == "time_first" else u
         u, w = (y.view(k.shape[2], -1).expand(k.shape[2:]) for y in (u, w))  # (H, N)
         y, wkv = wkv6(r, k, v, w.expand(k.shape), u, state.wkv, shared.cu_seqlens, shared.kernel)
-        y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(x)
         if self.gated:
-            y = y * F.silu(self.gate(torch.lerp(previous, x, self.time_mix_g.to(x.dtype))))
+            y = fused.rwkv6_output(y, self.gate(*xg), self.ln_x.weight, self.ln_x.bias, low, form)
+        else:
+            y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(x)
         return self.output(y), shared, state._replace(att_shift=att_shift, wkv=wkv)
 
     def initial_wkv(self, zeros: Tensor) -> Tensor:

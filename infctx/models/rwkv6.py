@@ -7,16 +7,14 @@ initial values as the official trainer's.
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.config import ModelConfig
 from infctx.models import layers
-from infctx.models.layers import Depth, Shared, bonus, channel_ratio, decay_speed, linear, parameters, token_shift
-from infctx.ops import wkv6
-from infctx.state import BlockState
-
-GROUP_NORM_EPS = 64e-5  # whatever the head size
+from infctx.models.layers import Depth, Shared, bonus, channel_ratio, decay_speed, linear, parameters
+from infctx.ops import fused, wkv6
+from infctx.ops.fused import GROUP_NORM_EPS
+from infctx.state import BlockState, computing_dtype
 
 
 class TimeMix(nn.Module):
@@ -48,12 +46,12 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
         """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
-        previous, att_shift = token_shift(x, state.att_shift, shared.packing)
-        xw, xk, xv, xr, xg = data_dependent_mixes(self, x, previous)
+        low, form = computing_dtype(x), shared.form
+        (xw, xk, xv, xr, xg), att_shift = data_dependent_mixes(self, x, state.att_shift, shared)
         r, k, v = (y.unflatten(-1, self.time_faaaa.shape) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         w = data_dependent_decay(self, xw, state.wkv.dtype).unflatten(-1, self.time_faaaa.shape)
         y, wkv = wkv6(r, k, v, w, self.time_faaaa, state.wkv, shared.cu_seqlens, shared.kernel)
-        y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(x) * F.silu(self.gate(xg))
+        y = fused.rwkv6_output(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, low, form)
         return self.output(y), shared, state._replace(att_shift=att_shift, wkv=wkv)
 
     def initial_wkv(self, zeros: Tensor) -> Tensor:
@@ -97,10 +95,11 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, BlockState]:
         """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
-        previous, ffn_shift = token_shift(x, state.ffn_shift, shared.packing)
-        dx = previous - x
-        k = torch.relu(self.key(x + dx * self.time_maa_k)) ** 2
-        r = torch.sigmoid(self.receptance(x + dx * self.time_maa_r))
+        (xk, xr), ffn_shift = fused.shift_mix(
+            x, state.ffn_shift, (self.time_maa_k, self.time_maa_r), shared.packing, computing_dtype(x),
+            form=shared.form,
+        )  # fmt: skip
+        k, r = fused.relu_squared(self.key(xk), shared.form), torch.sigmoid(self.receptance(xr))
         return r * self.value(k), state._replace(ffn_shift=ffn_shift)
 
     @torch.no_grad()
@@ -114,13 +113,17 @@ class ChannelMix(nn.Module):
             part.weight.zero_()
 
 
-def data_dependent_mixes(mixer: Any, x: Tensor, previous: Tensor) -> list[Tensor]:
-    """Each token with as much of its predecessor as the data says, one (B, T, C) for each of `mixer.mixes`."""
-    dx = previous - x
-    low = torch.tanh((x + dx * mixer.time_maa_x) @ mixer.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, rank)
+def data_dependent_mixes(mixer: Any, x: Tensor, carried: Tensor, shared: Shared) -> tuple[list[Tensor], Tensor]:
+    """Each token with as much of its predecessor as the data says, one (B, T, C) for each of `mixer.mixes`.
+
+    Returns: these, and what to carry on (N, C).
+    """
+    dtype, packing, form = computing_dtype(x), shared.packing, shared.form
+    (first,), last = fused.shift_mix(x, carried, (mixer.time_maa_x,), packing, dtype, form=form)
+    low = torch.tanh(first @ mixer.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, rank)
     moved = torch.einsum("btir,irc->ibtc", low, mixer.time_maa_w2)
     bases = [getattr(mixer, f"time_maa_{name}") for name in mixer.mixes]
-    return [x + dx * (base + m) for base, m in zip(bases, moved, strict=True)]
+    return fused.shift_mix(x, carried, bases, packing, dtype, moved, form)[0], last
 
 
 def data_dependent_decay(mixer: Any, xw: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,20 +4,16 @@ B rows, T tokens, C channels, H heads, N = C / H channels per head, N_seq sequen
 Peng et al. 2025, arXiv:2503.14456, section 4 and appendix; initial values as the official trainer's.
 """
 
-import math
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infctx.config import ModelConfig
-from infctx.models.layers import Shared, token_shift
-from infctx.ops import wkv7
-from infctx.state import BlockState
-
-GROUP_NORM_EPS = 64e-5  # whatever the head size: converters that scale it by N are wrong for N != 64
-SLOWEST = -math.exp(-0.5)  # log decay = SLOWEST * sigmoid(.): never below -0.6065 per token
+from infctx.models.layers import Shared
+from infctx.ops import fused, wkv7
+from infctx.ops.fused import GROUP_NORM_EPS
+from infctx.state import BlockState, computing_dtype
 
 
 class TimeMix(nn.Module):
@@ -62,32 +58,30 @@ class TimeMix(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, Shared, BlockState]:
         """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
-        previous, att_shift = token_shift(x, state.att_shift, shared.packing)
-        dx = previous - x
-        xr, xw, xk, xv, xa, xg = (x + dx * mix for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        low, form = computing_dtype(x), shared.form
+        inner = state.wkv.dtype if x.device.type == "cpu" else low  # what the recurrence takes as it is
+        mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        (xr, xw, xk, xv, xa, xg), att_shift = fused.shift_mix(x, state.att_shift, mixes, shared.packing, low, form=form)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # (B, T, C)
-        w = SLOWEST * torch.sigmoid((self.w0 + torch.tanh(xw @ self.w1) @ self.w2).to(state.wkv.dtype))
-        a = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        residual = None
         if shared.v_first is None:
             shared = shared._replace(v_first=v)
         else:
-            v = torch.lerp(v, shared.v_first, torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2).to(v.dtype))
-        kk = F.normalize(self._heads(k * self.k_k).to(state.wkv.dtype), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a)
-        r, w, k, v, a = map(self._heads, (r, w, k, v, a))  # (B, T, H, N)
-        y, wkv = wkv7(r, w, k, v, -kk, kk * a, state.wkv, shared.cu_seqlens, shared.kernel)  # wkv (N_seq, H, V, K)
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(x) + bonus.flatten(2)
-        return self.output(y * g), shared, state._replace(att_shift=att_shift, wkv=wkv)
+            residual = fused.Residual((xv @ self.v1) @ self.v2, self.v0, shared.v_first)
+        w, k, v, a, b = fused.rwkv7_prepare(
+            torch.tanh(xw @ self.w1) @ self.w2, (xa @ self.a1) @ self.a2, k, v,
+            self.w0, self.a0, self.k_k, self.k_a, len(self.r_k), inner, residual, form,
+        )  # fmt: skip
+        r = r.unflatten(-1, self.r_k.shape)  # (B, T, H, N), as the others are
+        y, wkv = wkv7(r, w, k, v, a, b, state.wkv, shared.cu_seqlens, shared.kernel)  # wkv (N_seq, H, V, K)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        y = fused.rwkv7_output(y, r, k, v, g, self.ln_x.weight, self.ln_x.bias, self.r_k, low, form)
+        return self.output(y), shared, state._replace(att_shift=att_shift, wkv=wkv)
 
     def initial_wkv(self, zeros: Tensor) -> Tensor:
         """(N, H, V, K) zeros. Args: zeros (N, C)."""
         h, n = self.r_k.shape
         return zeros.new_zeros(len(zeros), h, n, n)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, self.r_k.shape)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -132,8 +126,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, BlockState]:
         """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
-        previous, ffn_shift = token_shift(x, state.ffn_shift, shared.packing)
-        k = torch.relu(self.key(x + (previous - x) * self.x_k)) ** 2
+        (xk,), ffn_shift = fused.shift_mix(
+            x, state.ffn_shift, (self.x_k,), shared.packing, computing_dtype(x), form=shared.form
+        )
+        k = fused.relu_squared(self.key(xk), shared.form)
         return self.value(self.scaled(k, x, shared)), state._replace(ffn_shift=ffn_shift)
 
     def scaled(self, k: Tensor, x: Tensor, shared: Shared) -> Tensor:

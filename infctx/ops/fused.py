@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infctx.ops.fused_ops import compiled, run
-from infctx.ops.wkv import _borders as borders_of
+from infctx.ops.wkv import borders_of
 
 GROUP_NORM_EPS = 64e-5  # whatever the head size: converters that scale it by N are wrong for N != 64
 SLOWEST = -math.exp(-0.5)  # log decay = SLOWEST * sigmoid(.): never below -0.6065 per token

@@ -91,12 +91,12 @@ def _declare(name: str, inputs: str) -> None:
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         tensors, (state, cu_seqlens, backend, keep), v = args[:count], args[count:], args[at_v]
-        y, last, saved = BACKENDS[backend].forward(name, tensors, state, _borders(v, cu_seqlens), keep)
+        y, last, saved = BACKENDS[backend].forward(name, tensors, state, borders_of(v, cu_seqlens), keep)
         return y.view(v.shape).to(v.dtype), last, saved
 
     def backward(*args: Any) -> tuple[Tensor, ...]:
         tensors, (state, cu_seqlens, backend, saved, dy, dstate) = args[:count], args[count:]
-        borders = _borders(args[at_v], cu_seqlens)
+        borders = borders_of(args[at_v], cu_seqlens)
         *grads, first = BACKENDS[backend].backward(name, tensors, state, saved, dy, dstate, borders)
         return *(g.view(x.shape).to(x.dtype) for g, x in zip(grads, tensors, strict=True)), first
 
@@ -133,7 +133,7 @@ def _declare(name: str, inputs: str) -> None:
     op.register_autograd(gradient, setup_context=setup)
 
 
-def _borders(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def borders_of(v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Where each sequence begins, and the end of the last, (sequences + 1,) int64 beside v."""
     if cu_seqlens is None:
         return torch.arange(v.shape[0] + 1, device=v.device) * v.shape[1]
