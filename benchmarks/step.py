@@ -3,8 +3,8 @@
 python benchmarks/step.py [--device cuda] [--tokens 1024 4096] [--precision fp32 bf16] [--rounds 5] [--out FOLDER]
 
 Every candidate makes one step in each round, in shuffled order; figures are medians of tokens a second. `none` is the
-model with the recurrence replaced by a sum: what no kernel can beat. `fla-naive` is its torch form in
-flash-linear-attention.
+model with the recurrence replaced by a sum: what no kernel can beat. `fla-naive` takes flash-linear-attention's torch
+form of it.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import record
 import torch
+from peers import fla_naive
 from torch import Tensor
 
 import infctx
@@ -47,21 +48,14 @@ class FlaNaive:
     def saved(self, op, inputs, state):
         return 0
 
-    def run(self, inputs, state):
-        from fla.ops.generalized_delta_rule.dplr.naive import dplr_chunkwise
-
-        r, w, k, v, a, b = (x.to(state.dtype).transpose(1, 2) for x in inputs)
-        y, last = dplr_chunkwise(r * r.shape[-1] ** 0.5, k, v, a, b, w, state.mT, True, chunk_size=16)
-        return y.transpose(1, 2), last.mT
-
     def forward(self, op, inputs, state, borders, keep):
-        y, last = self.run(inputs, state)
+        y, last = fla_naive([*inputs, state])
         return y.contiguous(), last.contiguous(), state.new_empty(0)
 
     def backward(self, op, inputs, state, saved, dy, dstate, borders):
         leaves = [x.detach().requires_grad_() for x in (*inputs, state)]
         with torch.enable_grad():
-            outputs = self.run(leaves[:-1], leaves[-1])
+            outputs = fla_naive(leaves)
         return tuple(g.contiguous() for g in torch.autograd.grad(outputs, leaves, [dy.to(state.dtype), dstate]))
 
 
@@ -132,9 +126,9 @@ def candidates(options: argparse.Namespace, tokens: int, precision: str) -> dict
     names = options.kernels or (["cpu", "chunked"] if options.device == "cpu" else ["cuda", "chunked"])
     steps = {f"{arch} {name}": ours(arch, name, options, tokens, precision) for arch in options.arch for name in names}
     arch = options.arch[0]
-    steps[f"{arch} none"] = ours(arch, "none", options, tokens, precision)
+    steps[f"{arch} none"] = ours(arch, f"{options.device}-none", options, tokens, precision)
     if importlib.util.find_spec("fla") and arch == "rwkv7" and options.batch == 1:
-        steps[f"{arch} fla-naive"] = ours(arch, "fla-naive", options, tokens, precision)
+        steps[f"{arch} fla-naive"] = ours(arch, f"{options.device}-fla-naive", options, tokens, precision)
     if importlib.util.find_spec("transformers"):
         steps["llama sdpa"] = llama(options, tokens, precision)
     return steps
@@ -154,7 +148,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    BACKENDS.update({"none": Nothing(), "fla-naive": FlaNaive()})
+    # By these names the models take the same compiled neighbours of the recurrence as with the kernel itself.
+    BACKENDS.update({f"{options.device}-none": Nothing(), f"{options.device}-fla-naive": FlaNaive()})
     rows, lines = (
         [],
         ["| tokens | precision | model and kernel | parameters | tokens/s | ratio |", "|---|---|---|---|---|---|"],

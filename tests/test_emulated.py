@@ -100,8 +100,8 @@ def test_head_sizes(name, form, dtype, size):
 @pytest.mark.parametrize("lowest", [-1e-7, -0.6065, -18.42, -80.0, -1e4])
 def test_decays(name, form, dtype, lowest):
     """Forgetting nothing, and everything; RWKV-7's own log decays end at -0.6065."""
-    if (name, form) == ("wkv7", "tensor") and lowest < -0.6065:
-        pytest.skip("outside the range of the kernel")
+    if name == "wkv7" and form != "recurrent" and dtype != torch.float32 and lowest < -0.6065:
+        pytest.skip("outside the range of the tensor-core kernel")
     # With almost nothing carried, the gradient of w is a few products of what dy was rounded to.
     slack = 2 if lowest == -1e4 else 1
     assert error(name, form, case(name, form, dtype, t=70, lowest=lowest)) < slack * bound(name, form, dtype)
