@@ -2,8 +2,8 @@
 // y = (N + e^(u+k) v) / (D + e^(u+k)), with N = n e^m and D = d e^m, m the largest exponent so far.
 //
 // Lanes are channels, a task is a sequence and VECTORS vectors of them. Backward makes the states of a chunk again from
-// the saved one. Of two exponents one is the largest, so that each pair of scales costs one e^x. The exponent is kept as
-// top + since w: adding w token after token would round as often.
+// the saved one. Of two exponents one is the largest, so that each pair of scales costs one e^x. The exponent is kept
+// as top + since w: adding w token after token would round as often.
 #include "cpu.h"
 
 namespace ISA {

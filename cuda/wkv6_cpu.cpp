@@ -17,8 +17,8 @@ struct Inputs {
 
   // Asks for a share of a chunk that comes soon.
   void prefetch_share(int64_t at, const Sizes &z, int64_t share, int64_t shares) const {
-    const T *const read[] = {r, k, v, w};
-    for (const T *p : read) prefetch_rows<0>(p + at, z, share, shares);
+    prefetch_rows<0>(r + at, z, share, shares), prefetch_rows<0>(k + at, z, share, shares);
+    prefetch_rows<0>(v + at, z, share, shares), prefetch_rows<0>(w + at, z, share, shares);
   }
 };
 
@@ -178,7 +178,8 @@ struct Backward {
     x.prefetch_share(at, z, share, shares);
     prefetch_rows<0>(dy + at, z, share, shares);
     prefetch<0>(kept + share * ROWS * z.n, ROWS * z.n);
-    for (int i = 0; i < 4; i++) prefetch_rows<1>(out[i] + at, z, share, shares);
+    prefetch_rows<1>(out[0] + at, z, share, shares), prefetch_rows<1>(out[1] + at, z, share, shares);
+    prefetch_rows<1>(out[2] + at, z, share, shares), prefetch_rows<1>(out[3] + at, z, share, shares);
   }
 
   // ROWS values of a chunk, from i on. at: of the first token's dv.

@@ -16,6 +16,11 @@ struct Inputs {
 
   Inputs(void *const *x, const T *sa)
       : r((T *)x[0]), w((T *)x[1]), k((T *)x[2]), v((T *)x[3]), a((T *)x[4]), b((T *)x[5]), sa(sa) {}
+
+  void prefetch_token(int64_t at, int64_t n) const {
+    prefetch<0>(r + at, n), prefetch<0>(w + at, n), prefetch<0>(k + at, n);
+    prefetch<0>(v + at, n), prefetch<0>(a + at, n), prefetch<0>(b + at, n);
+  }
 };
 
 // out = S a. s: (N keys, C W values).
@@ -79,10 +84,7 @@ void forward(const Call &call, void *const *arrays) {
         if (saved) transpose(state + i * n, width, saved + z.saved(begin, chunk, sequence, head) + i * n, n, n, width);
         for (int64_t t = 0; t < count; t++) {
           const int64_t row = at + t * z.stride + i;
-          if (i == low && chunk + t + CHUNK < end) {
-            const T *const soon[] = {x.r, x.w, x.k, x.v, x.a, x.b};
-            for (const T *p : soon) prefetch<0>(p + row + CHUNK * z.stride, n);
-          }
+          if (i == low && chunk + t + CHUNK < end) x.prefetch_token(row + CHUNK * z.stride, n);
           if (saved) copy(sa + i, saved_sa + row, width);
           step<T, C>(state + i * n, n, keys + t * 5 * n, x.v + row, sa + i, y + row);
         }
@@ -221,12 +223,13 @@ struct Backward {
         dy((T *)arrays[8]), dstate((T *)arrays[9]), x(arrays, saved + z.states * z.matrices),
         grads{out[1], out[2], out[5], out[4], out[0]} {}
 
-  // One token of the chunk before, whose states begin at `kept`: asked for while this one is computed.
+  // Token t of the chunk before, which begins at `at` and its state at `kept`: asked for while this one is computed.
   void prefetch_token(int64_t at, const T *kept, int64_t t) const {
-    const T *const read[] = {x.r, x.w, x.k, x.v, x.a, x.b, x.sa, dy};
-    for (const T *p : read) prefetch<0>(p + at + t * z.stride, z.n);
-    prefetch<0>(kept + t * z.n * z.n / CHUNK, z.n * z.n / CHUNK);
-    for (int i = 0; i < 6; i++) prefetch<1>(out[i] + at + t * z.stride, z.n);
+    const int64_t n = z.n, share = n * n / CHUNK;
+    at += t * z.stride;
+    x.prefetch_token(at, n), prefetch<0>(x.sa + at, n), prefetch<0>(dy + at, n), prefetch<0>(kept + t * share, share);
+    prefetch<1>(out[0] + at, n), prefetch<1>(out[1] + at, n), prefetch<1>(out[2] + at, n);
+    prefetch<1>(out[3] + at, n), prefetch<1>(out[4] + at, n), prefetch<1>(out[5] + at, n);
   }
 
   // The strip of values from i on.
