@@ -23,6 +23,7 @@ from torch import Tensor
 
 import infctx
 from infctx.bptt import window_loss
+from infctx.models import rwkv7
 from infctx.ops import BACKENDS
 from infctx.segments import Window
 
@@ -42,21 +43,19 @@ class Nothing:
         return *(dy.to(x.dtype).clone() if x.shape == dy.shape else torch.zeros_like(x) for x in inputs), dstate.clone()
 
 
-class FlaNaive:
-    """flash-linear-attention's torch chunk form of RWKV-7; it knows no packed sequences."""
+def with_fla(step: Step) -> Step:
+    """The same step with flash-linear-attention's torch chunk form of RWKV-7, which autograd differentiates."""
 
-    def saved(self, op, inputs, state):
-        return 0
+    def run() -> None:
+        ours = rwkv7.wkv7
+        rwkv7.wkv7 = lambda *given: fla_naive(given[:7])
+        try:
+            step()
+        finally:
+            rwkv7.wkv7 = ours
 
-    def forward(self, op, inputs, state, borders, keep):
-        y, last = fla_naive([*inputs, state])
-        return y.contiguous(), last.contiguous(), state.new_empty(0)
-
-    def backward(self, op, inputs, state, saved, dy, dstate, borders):
-        leaves = [x.detach().requires_grad_() for x in (*inputs, state)]
-        with torch.enable_grad():
-            outputs = fla_naive(leaves)
-        return tuple(g.contiguous() for g in torch.autograd.grad(outputs, leaves, [dy.to(state.dtype), dstate]))
+    run.parameters = step.parameters
+    return run
 
 
 def ours(arch: str, kernel: str, options: argparse.Namespace, tokens: int, precision: str) -> Step:
@@ -128,7 +127,7 @@ def candidates(options: argparse.Namespace, tokens: int, precision: str) -> dict
     arch = options.arch[0]
     steps[f"{arch} none"] = ours(arch, f"{options.device}-none", options, tokens, precision)
     if importlib.util.find_spec("fla") and arch == "rwkv7" and options.batch == 1:
-        steps[f"{arch} fla-naive"] = ours(arch, f"{options.device}-fla-naive", options, tokens, precision)
+        steps[f"{arch} fla-naive"] = with_fla(ours(arch, options.device, options, tokens, precision))
     if importlib.util.find_spec("transformers"):
         steps["llama sdpa"] = llama(options, tokens, precision)
     return steps
@@ -148,8 +147,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    # By these names the models take the same compiled neighbours of the recurrence as with the kernel itself.
-    BACKENDS.update({f"{options.device}-none": Nothing(), f"{options.device}-fla-naive": FlaNaive()})
+    # By this name the models take the same compiled neighbours of the recurrence as with the kernel itself.
+    BACKENDS[f"{options.device}-none"] = Nothing()
     rows, lines = (
         [],
         ["| tokens | precision | model and kernel | parameters | tokens/s | ratio |", "|---|---|---|---|---|---|"],
