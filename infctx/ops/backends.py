@@ -12,7 +12,6 @@ from torch import Tensor
 from infctx.ops import chunked, cuda, fla, native, reference
 
 log = logging.getLogger(__name__)
-SIZES = (16, 32, 64, 128)  # of heads that there are compiled kernels for
 
 
 class Backend(Protocol):
@@ -111,7 +110,7 @@ def choose(backend: str, device: str, size: int | None = None, double: bool = Fa
     """
     require_known(backend)
     if backend == "auto":
-        return _automatic(device, size in (None, *SIZES), double and device == "cuda")
+        return _automatic(device, size in (None, *native.SIZES), double and device == "cuda")
     if refusal := _refusal(backend, device):
         raise ValueError(f"kernel {backend!r} {refusal}")
     return backend
@@ -122,11 +121,11 @@ def _automatic(device: str, fits: bool = True, double: bool = False) -> str:
     name = "chunked"
     try:
         if not fits:
-            log.info("head sizes other than %s have no compiled kernel", ", ".join(map(str, SIZES)))
+            log.info("head sizes other than %s have no compiled kernel", ", ".join(map(str, native.SIZES)))
         elif device == "cpu":
             name = "cpu" if native.CPU.library else name
         elif device == "cuda" and not double:
-            name = "cuda" if cuda.build() else name
+            name = "cuda" if cuda.RECURRENT.library else name
     except RuntimeError as error:
         name = name if fla.missing(device) else "fla"
         log.warning("no compiled kernel: %s; %s is slower", error, name)

@@ -16,17 +16,25 @@ from torch import Tensor
 
 from infctx.ops import pieces
 from infctx.ops.build import build_cuda
-from infctx.ops.native import VALUE, Native
+from infctx.ops.native import SIZES, VALUE, Native
 
 log = logging.getLogger(__name__)
 FORMS = ("auto", "recurrent", "tensor", "pieces")
-TENSOR = {"wkv6": (16, 32, 64, 128), "wkv7": (16, 32, 64, 128)}  # head sizes with a tensor-core kernel
+TENSOR = ("wkv6", "wkv7")  # ops with a tensor-core kernel
 ROWS = 16  # value rows of a state in a block of the recurrent kernels
 
 
 def build() -> Path:
     """The library for the current device. Raises: RuntimeError as `build_cuda`."""
-    return build_cuda(torch.cuda.get_device_capability())
+    return _built(torch.cuda.get_device_capability())
+
+
+@cache
+def _built(capability: tuple[int, int]) -> Path:
+    return build_cuda(capability)  # which reads all sources: once, though every form and dtype asks
+
+
+RECURRENT = Native(build, "", True)
 
 
 def _multiprocessors() -> int:
@@ -72,7 +80,7 @@ class Cuda:
             raise ValueError("the CUDA kernels compute in float32: choose kernel reference or chunked for float64")
         shape, dtype = inputs[VALUE[op]].shape, self.kernels["tensor"].dtype(op, inputs, state)
         size, tokens, sequences = int(shape[-1]), int(shape[0] * shape[1]), max(1, int(state.shape[0]))
-        fits = dtype != torch.float32 and size in TENSOR.get(op, ())
+        fits = dtype != torch.float32 and op in TENSOR and size in SIZES
         if self.form == "tensor" and not fits:
             raise ValueError(f"no tensor-core kernel of {op} for head size {size} in {dtype}: choose kernel cuda")
         name = "tensor" if fits and self.form != "recurrent" else "recurrent"

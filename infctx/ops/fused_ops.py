@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from infctx.ops import cuda, native
-from infctx.ops.native import DTYPES, Call, Library
+from infctx.ops.native import DTYPES, SIZES, Library, make_call
 
 Tensors = Sequence[Tensor | None]
 Specs = list[tuple[Sequence[int], torch.dtype] | None]  # shapes and dtypes of results, None for one that is not there
@@ -37,7 +37,7 @@ def compiled(form: str, x: Tensor, size: int, headed: bool = True) -> bool:
 
 @torch.compiler.assume_constant_result
 def _fits(device: str, dtype: torch.dtype, size: int, headed: bool) -> bool:
-    sizes = device == "cpu" or (size in (16, 32, 64, 128) if headed else size % 4 == 0)
+    sizes = device == "cpu" or (size in SIZES if headed else size % 4 == 0)
     return sizes and dtype in TAKEN.get(device, ()) and _available(device)
 
 
@@ -49,13 +49,8 @@ def _available(device: str) -> bool:
         return False
 
 
-@cache
-def _cuda() -> Library:
-    return Library(cuda.build())
-
-
 def _library(device: str) -> Library:
-    return native.CPU.library if device == "cpu" else _cuda()
+    return (native.CPU if device == "cpu" else cuda.RECURRENT).library
 
 
 def run(
@@ -80,10 +75,8 @@ def _compute(
     assert first is not None
     made = [None if x is None else torch.empty(x[0], dtype=x[1], device=first.device) for x in results]
     library, wide = _library(first.device.type), torch.promote_types(first.dtype, torch.float32)
-    sequences, at = (0, None) if borders is None else (len(borders) - 1, borders.data_ptr())
     tokens = first.numel() // (heads * size if borders is None else size)
-    stream = torch.cuda.current_stream(first.device).cuda_stream if first.is_cuda else None
-    call = Call(sequences, tokens, heads, size, at, DTYPES[wide], torch.get_num_threads(), stream)
+    call = make_call(first, borders, tokens, heads, size, wide)
     arrays = [*dense, *made]
     if way == "backward":
         arrays.append(first.new_empty(library.workspace(name, call) // wide.itemsize, dtype=wide))

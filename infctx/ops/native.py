@@ -16,6 +16,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 WIDE = {"wkv4": (0, 1), "wkv6": (3, 4), "wkv7": (1,)}  # inputs in the state's dtype: log decays and constants
 CONSTANTS = {"wkv4": (0, 1), "wkv6": (4,), "wkv7": ()}  # inputs that all tokens share
 VALUE = {"wkv4": 3, "wkv6": 2, "wkv7": 3}  # where v is
+SIZES = (16, 32, 64, 128)  # of heads that there are compiled kernels for
 
 
 class Call(ctypes.Structure):
@@ -121,10 +122,14 @@ class Native:
         dense = [x.to(state.dtype if i in WIDE[op] else dtype).contiguous() for i, x in enumerate(inputs)]
         v = dense[VALUE[op]]
         heads, size = (1, v.shape[2]) if v.dim() == 3 else v.shape[2:]
-        stream = torch.cuda.current_stream(v.device).cuda_stream if v.is_cuda else None
-        threads = torch.get_num_threads()
-        tokens = v.shape[0] * v.shape[1]
-        return dense, Call(len(state), tokens, heads, size, borders.data_ptr(), DTYPES[dtype], threads, stream)
+        return dense, make_call(v, borders, v.shape[0] * v.shape[1], heads, size, dtype)
+
+
+def make_call(like: Tensor, borders: Tensor | None, tokens: int, heads: int, size: int, dtype: torch.dtype) -> Call:
+    """A call on the device of `like`, on its current stream. Args: borders: (S + 1,) int64, None without sequences."""
+    sequences, at = (0, None) if borders is None else (len(borders) - 1, borders.data_ptr())
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else None
+    return Call(sequences, tokens, heads, size, at, DTYPES[dtype], torch.get_num_threads(), stream)
 
 
 CPU = Native(build_cpu)
