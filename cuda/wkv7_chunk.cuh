@@ -162,13 +162,25 @@ __device__ __forceinline__ float4 shuffled(float4 x, int lanes) {
                      __shfl_xor_sync(~0u, x.z, lanes), __shfl_xor_sync(~0u, x.w, lanes));
 }
 
+// Log decays below this would be answered wrongly: they become NaN, and with them all that depends on them. RWKV-7's
+// own end at -0.6065.
+template <class T>
+constexpr float SLOWEST = SPLIT<T> ? -4.5f : -1.3f;
+
+template <class T>
+__device__ __forceinline__ float4 load_decays(const float *w) {
+  const auto checked = [](float x) { return x < SLOWEST<T> ? NAN : x; };
+  const float4 x = load4(w);
+  return make_float4(checked(x.x), checked(x.y), checked(x.z), checked(x.w));
+}
+
 // Scales the inputs of this warp's 16 channels: a lane has four channels of tokens t, t + 1. Sums of log decays start
 // at the middle of the chunk and go outwards. head: e^(decay of the first half), tail: of the second.
 template <bool KeepDecays, class T, int N, int Count>
 __device__ __forceinline__ void scale_inputs(Stage<T, N, Count> &stage, float *head, float *tail) {
   const int pair = lane_id() / 4, t = 2 * pair, channel = 16 * warp_id() + lane_id() % 4 * 4;
   const bool second_half = pair >= 4, odd = pair & 1, high = pair & 2;
-  const float4 w[2] = {load4(&stage.w[t][channel]), load4(&stage.w[t + 1][channel])};
+  const float4 w[2] = {load_decays<T>(&stage.w[t][channel]), load_decays<T>(&stage.w[t + 1][channel])};
   const float4 own = w[0] + w[1], next = shuffled(own, 4), both = own + next, others = shuffled(both, 8);
   const float4 zero = {};
   if (pair % 4 == 0) store4((second_half ? tail : head) + channel, exp4(both + others, 1));

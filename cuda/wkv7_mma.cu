@@ -18,8 +18,8 @@
 // 16 bits, QK to AK of bf16 to twice that: relative errors of 2e-3 to 4e-3 with bf16, 3e-4 to 6e-4 with f16.
 // Backward starts from the state before every 32nd token and goes through the two chunks behind it forward, then back.
 //
-// The exponents need w >= -0.6065 * 1.05 or so, as in every RWKV-7: r' and k' grow by up to e^(8 |w|). Up to w = -1.3
-// that leaves room in f16, and up to w = -5 in bf16 and in the products.
+// r' and k' grow by up to e^(8 |w|), where every RWKV-7 has w >= -0.6065. There is room up to w = -1.3 in f16 and up to
+// w = -4.5 in bf16 and in the products; below that the answers are NaN.
 #include "wkv7_backward.cuh"
 
 namespace wkv7_mma {

@@ -99,10 +99,24 @@ def test_head_sizes(name, form, dtype, size):
 def test_decays(name, form, dtype, lowest):
     """Forgetting nothing, and everything; RWKV-7's own log decays end at -0.6065."""
     if name == "wkv7" and form != "recurrent" and dtype != torch.float32 and lowest < -0.6065:
-        pytest.skip("outside the range of the tensor-core kernel")
+        pytest.skip("outside the range of the tensor-core kernel: test_too_much_decay")
     # With almost nothing carried, the gradient of w is a few products of what dy was rounded to.
     slack = 2 if lowest == -1e4 else 1
     assert error(name, form, case(name, form, dtype, t=70, lowest=lowest)) < slack * bound(name, form, dtype)
+
+
+@pytest.mark.parametrize("form", ["tensor", "pieces"])
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, -1.25), (torch.bfloat16, -4.4)])
+def test_too_much_decay(form, dtype, least):
+    """Down to `least` the tensor-core kernel is exact; further down it says NaN, up to the end of the piece."""
+    bounded = case("wkv7", form, dtype, t=70, n=64, lowest=least)
+    assert error("wkv7", form, bounded) < bound("wkv7", form, dtype)
+    w = bounded[1].detach().clone()
+    w[:, 40] = 1.2 * least
+    y, state, *grads = everything(OPS["wkv7"], [bounded[0], w.requires_grad_(), *bounded[2:]], backend=form)
+    assert y[:, :32].isfinite().all() and y[:, 40:48].isnan().all()
+    assert form == "pieces" or (y[:, 48:].isnan().all() and state.isnan().all())
+    assert all(x.isnan().any() for x in grads)
 
 
 @pytest.mark.parametrize(("form", "dtype"), [("recurrent", torch.float32), ("tensor", torch.bfloat16)])
