@@ -10,17 +10,17 @@ Its torch forms of RWKV-6 have no state, or no gradient; there `chunked` is the 
 """
 
 import argparse
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import record
 import torch
 from peers import Kernel, peers
+from rounds import interleaved
 from torch import Tensor
 
 from infctx import ops
@@ -95,12 +95,6 @@ def errors(op: str, found: list[Tensor], expected: list[Tensor]) -> dict[str, fl
     return {name: float((x - y).norm() / y.norm()) for name, x, y in pairs}
 
 
-def wait(device: str) -> None:
-    """Until the device has done what it was given."""
-    if device != "cpu":
-        getattr(torch, device).synchronize()
-
-
 def measure(op: str, dtype: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each kernel. Those that fail say why."""
     problem = make(op, dtype, options)
@@ -122,18 +116,17 @@ def measure(op: str, dtype: str, options: argparse.Namespace) -> list[dict[str, 
             row["absent"] = str(error)
         except Exception as error:  # whatever one kernel does, the others are measured
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    for _ in range(options.rounds):
-        for name in random.sample(list(seconds), len(seconds)):
-            wait(options.device)
-            before = torch.cuda.memory_allocated() if options.device == "cuda" else 0
-            if options.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            begin = time.perf_counter()
-            step(given[name], problem)  # type: ignore[arg-type]
-            wait(options.device)
-            seconds[name].append(time.perf_counter() - begin)
-            if options.device == "cuda":
-                rows[name]["bytes"] = torch.cuda.max_memory_allocated() - before
+
+    def count_bytes(name: str) -> None:
+        if options.device == "cuda":
+            rows[name]["bytes"] = torch.cuda.max_memory_allocated() - before
+            torch.cuda.reset_peak_memory_stats()
+
+    if options.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    timed = {name: partial(step, given[name], problem) for name in seconds}  # type: ignore[arg-type]
+    seconds = interleaved(timed, options.rounds, options.device, count_bytes)
     for name, times in seconds.items():
         if times:
             rows[name] |= {"seconds": statistics.median(times), "best": min(times)}

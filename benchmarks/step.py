@@ -4,14 +4,13 @@ python benchmarks/step.py [--device cuda] [--tokens 1024 4096] [--precision fp32
 
 Every candidate makes one step in each round, in shuffled order; figures are medians of tokens a second. `none` is the
 model with the recurrence replaced by a sum: what no kernel can beat. `fla-naive` takes flash-linear-attention's torch
-form of it.
+form of it. `of peak` is 6 operations per token and parameter (without the embedding) over what this device does in
+matrix products of that precision, measured in the same run.
 """
 
 import argparse
 import importlib.util
-import random
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import record
 import torch
 from peers import fla_naive
+from rounds import interleaved
 from torch import Tensor
 
 import infctx
@@ -68,7 +68,7 @@ def ours(arch: str, kernel: str, options: argparse.Namespace, tokens: int, preci
     start = torch.zeros(options.batch, 1, tokens, dtype=torch.bool)
     start[..., 0] = True
     window = Window(ids[..., :-1].to(options.device), ids[..., 1:].to(options.device), start, start.int())
-    return train(model, lambda: window_loss(model, window, None)[0], precision, options.device)
+    return train(model, lambda: window_loss(model, window, None)[0], precision, options)
 
 
 def llama(options: argparse.Namespace, tokens: int, precision: str) -> Step:
@@ -82,39 +82,41 @@ def llama(options: argparse.Namespace, tokens: int, precision: str) -> Step:
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(options.device)
     ids = torch.randint(options.vocab, (options.batch, tokens), device=options.device)
-    return train(model, lambda: model(input_ids=ids, labels=ids).loss, precision, options.device)
+    return train(model, lambda: model(input_ids=ids, labels=ids).loss, precision, options)
 
 
-def train(model: torch.nn.Module, loss: Callable[[], Tensor], precision: str, device: str) -> Step:
+def train(model: torch.nn.Module, loss: Callable[[], Tensor], precision: str, options: argparse.Namespace) -> Step:
     """One optimizer step, whatever the model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16) if precision == "bf16" else nullcontext():
+        with torch.autocast(options.device, torch.bfloat16) if precision == "bf16" else nullcontext():
             value = loss()
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
     step.parameters = sum(x.numel() for x in model.parameters())
+    step.multiplied = step.parameters - options.vocab * options.width
     return step
 
 
-def measure(steps: dict[str, Step], tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+def matrix_peak(precision: str, device: str) -> float:
+    """Operations a second in the fastest of some square matrix products."""
+    n, dtype = (8192 if device == "cuda" else 2048), torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(interleaved({"product": lambda: a @ b}, 10, device)["product"])
+
+
+def measure(steps: dict[str, Step], tokens: int, rounds: int, device: str, peak: float) -> dict[str, dict[str, float]]:
     """Tokens a second of each: median and best of the rounds, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name in random.sample(list(steps), len(steps)):
-            begin = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - begin)
+    seconds = interleaved(steps, rounds + 1, device)
     return {
         name: {
             "median": tokens / statistics.median(x[1:]),
             "best": tokens / min(x[1:]),
             "parameters": steps[name].parameters,
+            "of_peak": 6 * tokens * steps[name].multiplied / statistics.median(x[1:]) / peak,
         }
         for name, x in seconds.items()
     }
@@ -149,24 +151,24 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     # By this name the models take the same compiled neighbours of the recurrence as with the kernel itself.
     BACKENDS[f"{options.device}-none"] = Nothing()
-    rows, lines = (
-        [],
-        ["| tokens | precision | model and kernel | parameters | tokens/s | ratio |", "|---|---|---|---|---|---|"],
-    )
+    rows = []
+    lines = ["| tokens | precision | model and kernel | parameters | tokens/s | ratio | of peak |", "|---" * 7 + "|"]
+    peaks = {precision: matrix_peak(precision, options.device) for precision in options.precision}
     for tokens in options.tokens:
-        for precision in options.precision:
-            found = measure(candidates(options, tokens, precision), options.batch * tokens, options.rounds)
+        for precision, peak in peaks.items():
+            steps = candidates(options, tokens, precision)
+            found = measure(steps, options.batch * tokens, options.rounds, options.device, peak)
             first = next(iter(found.values()))["median"]
             for name, x in found.items():
                 rows.append({"tokens": tokens, "precision": precision, "name": name, **x, "ratio": x["median"] / first})
-                size = f"{x['parameters'] / 1e6:.1f} M"
-                lines.append(
-                    f"| {tokens} | {precision} | {name} | {size} | {x['median']:.0f} | {x['median'] / first:.2f} |"
-                )
+                what = f"{precision} | {name} | {x['parameters'] / 1e6:.1f} M | {x['median']:.0f}"
+                lines.append(f"| {tokens} | {what} | {x['median'] / first:.2f} | {x['of_peak']:.0%} |")
     print("\n".join(lines))
     if options.out:
-        record.write(options.out / "step.json", options=str(options), threads=torch.get_num_threads(), rows=rows)
-        (options.out / "step.md").write_text("\n".join(lines) + "\n")
+        path = options.out / f"step-{options.device}-l{options.layers}-d{options.width}"
+        facts = {"options": str(options), "threads": torch.get_num_threads(), "peaks": peaks}
+        record.write(path.with_suffix(".json"), **facts, rows=rows)
+        record.write_table(path.with_suffix(".md"), lines, str(facts))
 
 
 if __name__ == "__main__":
