@@ -54,7 +54,7 @@ def with_fla(step: Step) -> Step:
         finally:
             rwkv7.wkv7 = ours
 
-    run.parameters = step.parameters
+    run.parameters, run.multiplied = step.parameters, step.multiplied
     return run
 
 
