@@ -1,26 +1,30 @@
 """The training step: the gradient of a window of any length in the memory of one segment, exact or truncated.
 
-Pass 1 runs the segments without a graph and keeps the state at each border. Pass 2 goes from the last segment to the
-first: it runs a segment again, with a graph, and back-propagates its loss and the gradient G that the next segment gave
-for the state between them; what arrives at the incoming state is the next G. Summed parameter gradients are handed over
-in one ordinary backward, so whatever drives the optimizer sees one loss with one gradient.
+Pass 1 runs the segments without a graph and keeps the state at each border, or at some of them. Pass 2 goes from the
+last segment to the first: it runs a segment again, with a graph, and back-propagates its loss and the gradient G that
+the next segment gave for the state between them; what arrives at the incoming state is the next G. Summed parameter
+gradients are handed over in one ordinary backward, so whatever drives the optimizer sees one loss with one gradient.
 
 B lanes, S segments, N sequences in a segment, D numbers in a state, all of it in one row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from infctx.loss import IGNORED, token_losses
+from infctx.borders import Borders, StatesConfig
+from infctx.loss import IGNORED
 from infctx.memory import WindowMemory
-from infctx.segments import Sequences, Window, sequences
-from infctx.state import KeyMemory, State, computing_dtype, pack, select, unpack
+from infctx.segments import Window
+from infctx.state import State, computing_dtype, pack, select, unpack
+from infctx.task import Metrics, Task
 
-POSITION_BUCKETS = 40  # bucket i holds positions 2^i - 1 to 2^(i+1) - 2 of a document
+# (task, the lanes' states, keys they remember, the fresh state) -> the loss, and the lanes' states after the window.
+Runner = Callable[[Task, Tensor, Tensor | None, Tensor], tuple[Tensor, Tensor]]
+ALL_STATES = StatesConfig()
 
 
 def window_loss(
@@ -31,6 +35,8 @@ def window_loss(
     normaliser: Tensor | int | None = None,
     *,
     l2_penalty: float = 0.0,
+    states: StatesConfig = ALL_STATES,
+    runner: Runner | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], State]:
     """Loss of a window and its gradient with respect to the parameters, `state` and the model's initial state.
 
@@ -42,6 +48,8 @@ def window_loss(
             None: at none of them.
         normaliser: what the summed loss is divided by; None: the window's own number of supervised tokens.
         l2_penalty: see `loss.token_losses`.
+        states: which states at borders are kept, and where.
+        runner: how the window is run; None: on this rank alone.
     Returns:
         the loss, a scalar (exactly 0 with no supervised token); metrics, detached: `loss_sum` and `tokens`
         (supervised), `segment_loss` (S,) summed losses, `position_loss` and `position_tokens` by power-of-two bucket of
@@ -62,85 +70,19 @@ def window_loss(
         carried = select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device)).memory
     memory = None if carried is None else WindowMemory(window, carried, computing_dtype(carried.keys))
     horizon = horizon or window.tokens.shape[1]
-    task = _Task(model, window, like, horizon, normaliser, l2_penalty, _Metrics.zeros(window), memory)
-    if torch.is_grad_enabled():
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        loss, lanes = _WindowGradient.apply(task, lanes, carried and carried.keys, fresh, *parameters)
-    else:
-        loss, lanes = _forward_only(task, lanes, fresh)
+    task = Task(model, window, like, horizon, normaliser, l2_penalty, Metrics.zeros(window), memory, states)
+    loss, lanes = (runner or run_alone)(task, lanes, carried and carried.keys, fresh)
     return loss, task.metrics._asdict(), unpack(lanes, like, None if memory is None else memory.after())
 
 
-class _Metrics(NamedTuple):
-    loss_sum: Tensor
-    tokens: Tensor
-    segment_loss: Tensor
-    position_loss: Tensor
-    position_tokens: Tensor
-
-    @classmethod
-    def zeros(cls, window: Window) -> "_Metrics":
-        buckets = POSITION_BUCKETS if window.position is not None else 0
-        sizes = ((), (), (window.tokens.shape[1],), (buckets,), (buckets,))
-        return cls(*(torch.zeros(size, dtype=torch.float64, device=window.tokens.device) for size in sizes))
-
-    def add(self, segment: int, sequence: Sequences, losses: Tensor) -> None:
-        learnt, total = sequence.targets != IGNORED, losses.sum()
-        self.loss_sum.add_(total)
-        self.tokens.add_(learnt.sum())
-        self.segment_loss[segment] = total
-        if sequence.position is not None:
-            bucket = torch.frexp((sequence.position + 1).double()).exponent.long() - 1
-            self.position_loss.index_add_(0, bucket, losses.double())
-            self.position_tokens.index_add_(0, bucket, learnt.double())
+def run_alone(task: Task, lanes: Tensor, keys: Tensor | None, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """Run a window on this rank: see `Runner`."""
+    if not torch.is_grad_enabled():
+        return _forward_only(task, lanes, fresh)
+    return WindowGradient.apply(Gradient, task, lanes, keys, fresh, *task.parameters())
 
 
-class _Task(NamedTuple):
-    model: Any
-    window: Window
-    like: State
-    horizon: int
-    normaliser: Tensor | int
-    l2_penalty: float
-    metrics: _Metrics
-    memory: WindowMemory | None
-
-    def advance(
-        self, segment: int, lanes: Tensor, fresh: Tensor, past: KeyMemory | None
-    ) -> tuple[Tensor | None, Sequences, Tensor, Tensor | None]:
-        """Run one segment from the lanes' states (B, D).
-
-        Returns: features (M, C), its sequences, the lanes' states after it, the keys (M, R) added to the memory.
-        """
-        s = sequences(self.window, segment)
-        if not s.tokens.numel():
-            return None, s, lanes, None
-        rows = torch.where(s.fresh.unsqueeze(1), fresh, lanes[s.lane])
-        x, after = self.model.features(s.tokens, unpack(rows, self.like, past), s.cu_seqlens)
-        return x.squeeze(0), s, torch.cat([pack(after), lanes])[s.last], after.memory and after.memory.added
-
-    def advance_without_graph(
-        self, segment: int, lanes: Tensor, fresh: Tensor
-    ) -> tuple[Tensor | None, Sequences, Tensor]:
-        """As `advance`, and keep what the memory grows by."""
-        past = None if self.memory is None else self.memory.before(segment)
-        x, s, lanes, added = self.advance(segment, lanes, fresh, past)
-        if self.memory is not None and added is not None:
-            self.memory.store(segment, s.tokens.squeeze(0), added)
-        return x, s, lanes
-
-    def loss(self, segment: int, x: Tensor, s: Sequences) -> Tensor:
-        """The summed loss of a segment, noted in the metrics."""
-        total, losses = token_losses(x, self.model.head.weight, s.targets, self.l2_penalty)
-        self.metrics.add(segment, s, losses)
-        return total
-
-    def divide(self, total: Tensor) -> Tensor:
-        """By the normaliser, keeping the dtype."""
-        return (total / self.normaliser).to(total.dtype)
-
-
-def _forward_only(task: _Task, lanes: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_only(task: Task, lanes: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
     total = lanes.new_zeros(())
     for segment in range(task.window.tokens.shape[1]):
         x, s, lanes = task.advance_without_graph(segment, lanes, fresh)
@@ -149,12 +91,12 @@ def _forward_only(task: _Task, lanes: Tensor, fresh: Tensor) -> tuple[Tensor, Te
     return task.divide(total), lanes
 
 
-class _WindowGradient(torch.autograd.Function):
+class WindowGradient(torch.autograd.Function):
     """The whole of forward and backward, done in forward; backward hands the gradients over."""
 
     @staticmethod
-    def forward(ctx, task, lanes, keys, fresh, *parameters):  # type: ignore[no-untyped-def]
-        gradient = _Gradient(task, fresh.detach(), parameters)
+    def forward(ctx, kind, task, lanes, keys, fresh, *parameters):  # type: ignore[no-untyped-def]
+        gradient = kind(task, fresh.detach(), parameters)
         loss, carried = gradient.window(lanes.detach())
         ctx.grads = gradient.result()
         ctx.mark_non_differentiable(carried)
@@ -166,13 +108,13 @@ class _WindowGradient(torch.autograd.Function):
         if grads is None:
             raise RuntimeError("a window's gradient can be taken once: call window_loss again")
         torch._foreach_mul_([g for g in grads if g is not None], dloss)
-        return None, *grads
+        return None, None, *grads
 
 
-class _Gradient:
+class Gradient:
     """Sums of gradients over the segments of one window: of the lanes' states, the fresh state and the parameters."""
 
-    def __init__(self, task: _Task, fresh: Tensor, parameters: tuple[nn.Parameter, ...]) -> None:
+    def __init__(self, task: Task, fresh: Tensor, parameters: tuple[nn.Parameter, ...]) -> None:
         self.task, self.fresh, self.parameters = task, fresh.requires_grad_(), parameters
         self.sums: list[Tensor] | None = None
         self.lanes: Tensor | None = None
@@ -181,17 +123,23 @@ class _Gradient:
 
     def window(self, lanes: Tensor) -> tuple[Tensor, Tensor]:
         """Returns: the loss, and the lanes' states after the window."""
-        count = self.task.window.tokens.shape[1]
-        total = lanes.new_zeros(())
-        borders = lanes.new_empty(min(self.task.horizon, count), *lanes.shape)
-        for begin in range(0, count, self.task.horizon):
-            group = range(begin, min(begin + self.task.horizon, count))
-            self._borders(group, lanes, borders)
+        count, total = self.task.window.tokens.shape[1], lanes.new_zeros(())
+        horizon = min(self.task.horizon, count)
+        length = self.task.states.block(horizon)
+        kept, borders = (Borders(n, lanes, self.task.states) for n in (-(-horizon // length), length))
+        for begin in range(0, count, horizon):
+            group = range(begin, min(begin + horizon, count))
+            blocks = [group[i : i + length] for i in range(0, len(group), length)]
+            for i, block in enumerate(blocks):
+                kept[i] = lanes
+                lanes = self._forward(block, lanes) if block[-1] != group[-1] else lanes
             g = torch.zeros_like(lanes)
-            for segment in reversed(group):
-                loss, after, g = self._segment(segment, borders[segment - begin], g)
-                lanes = after if segment == group[-1] else lanes
-                total = total + loss
+            for i, block in reversed(list(enumerate(blocks))):
+                borders[len(block) - 1] = self._forward(block[:-1], kept[i], borders)
+                for segment in reversed(block):
+                    loss, after, g = self._segment(segment, borders[segment - block[0]], g)
+                    lanes = after if segment == group[-1] else lanes
+                    total = total + loss
             if begin == 0:
                 self.lanes = g
             if self.task.memory is not None:
@@ -204,15 +152,16 @@ class _Gradient:
         fresh, *sums = self.sums or [torch.zeros_like(p) for p in (self.fresh, *self.parameters)]
         return self.lanes, self.keys, fresh, *(g.to(p.dtype) for g, p in zip(sums, self.parameters, strict=True))
 
-    def _borders(self, group: range, lanes: Tensor, borders: Tensor) -> None:
-        """Pass 1: the state before each segment of the group."""
+    def _forward(self, segments: range, lanes: Tensor, borders: Borders | None = None) -> Tensor:
+        """Pass 1: the lanes' states after the segments; `borders` gets the one before each."""
         with torch.no_grad():
-            for i, segment in enumerate(group):
-                borders[i] = lanes
-                if segment != group[-1]:
-                    with _seeded(self.seed + segment, lanes.device):
-                        _, _, lanes = self.task.advance_without_graph(segment, lanes, self.fresh)
+            for i, segment in enumerate(segments):
+                if borders is not None:
+                    borders[i] = lanes
+                with _seeded(self.seed + segment, lanes.device):
+                    _, _, lanes = self.task.advance_without_graph(segment, lanes, self.fresh)
         torch.clear_autocast_cache()  # casts made without a graph: pass 2 would silently learn nothing from them
+        return lanes
 
     @torch.enable_grad()
     def _segment(self, segment: int, before: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

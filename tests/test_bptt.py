@@ -7,6 +7,7 @@ from tiny import ARCHS, VOCAB, Carried, detached, law, make_window, random_state
 from torch import nn
 
 import infctx
+from infctx.borders import StatesConfig
 from infctx.bptt import window_loss
 from infctx.segments import Window, sequences
 from infctx.state import pack, unpack
@@ -79,6 +80,25 @@ def test_window_equals_autograd(arch, horizon, record_property):
     assert worst(values(state), theirs) < 1e-12
     assert int(metrics["tokens"]) == int((window.targets != -100).sum())
     assert float(metrics["loss_sum"] / metrics["tokens"]) == pytest.approx(float(loss), rel=1e-12)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("horizon", [None, 1, 5])
+@pytest.mark.parametrize("keep", ["every-1", "every-3", "every-100"])
+def test_states_computed_again_change_nothing(arch, horizon, keep):
+    model, window, carried = case(arch)
+    ours, metrics, state = gradient(model, window, carried, horizon)
+    config = StatesConfig(keep, "cpu")
+    loss, metrics_again, state_again = window_loss(model, window, carried.state(), horizon, states=config)
+    again = [loss, *torch.autograd.grad(loss, sources(model, carried))]
+    assert all(map(torch.equal, ours, again)) and all(map(torch.equal, values(state), values(state_again)))
+    assert all(torch.equal(metrics[name], x) for name, x in metrics_again.items())
+
+
+@pytest.mark.parametrize("keep", ["some", "every-0", "every-x", "16"])
+def test_which_states_are_kept_is_checked(keep):
+    with pytest.raises(ValueError, match=r"states\.keep must be all or every-N"):
+        StatesConfig(keep)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

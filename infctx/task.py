@@ -1,0 +1,97 @@
+"""One segment of a window forward, and what is counted on the way.
+
+B lanes, S segments, N sequences in a segment, M tokens in them, D numbers in a state, all of it in one row.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from infctx.borders import StatesConfig
+from infctx.loss import IGNORED, token_losses
+from infctx.memory import WindowMemory
+from infctx.segments import Sequences, Window, sequences
+from infctx.state import KeyMemory, State, pack, unpack
+
+POSITION_BUCKETS = 40  # bucket i holds positions 2^i - 1 to 2^(i+1) - 2 of a document
+
+
+class Metrics(NamedTuple):
+    """Sums in float64, as `window_loss` returns them."""
+
+    loss_sum: Tensor
+    tokens: Tensor
+    segment_loss: Tensor
+    position_loss: Tensor
+    position_tokens: Tensor
+
+    @classmethod
+    def zeros(cls, window: Window) -> "Metrics":
+        """Nothing seen yet."""
+        buckets = POSITION_BUCKETS if window.position is not None else 0
+        sizes = ((), (), (window.tokens.shape[1],), (buckets,), (buckets,))
+        return cls(*(torch.zeros(size, dtype=torch.float64, device=window.tokens.device) for size in sizes))
+
+    def add(self, segment: int, sequence: Sequences, losses: Tensor) -> None:
+        """Count a segment. Args: losses (M,)."""
+        learnt, total = sequence.targets != IGNORED, losses.sum()
+        self.loss_sum.add_(total)
+        self.tokens.add_(learnt.sum())
+        self.segment_loss[segment] = total
+        if sequence.position is not None:
+            bucket = torch.frexp((sequence.position + 1).double()).exponent.long() - 1
+            self.position_loss.index_add_(0, bucket, losses.double())
+            self.position_tokens.index_add_(0, bucket, learnt.double())
+
+
+class Task(NamedTuple):
+    """A window to be run, and what all its segments have in common."""
+
+    model: Any
+    window: Window
+    like: State
+    horizon: int
+    normaliser: Tensor | int
+    l2_penalty: float
+    metrics: Metrics
+    memory: WindowMemory | None
+    states: StatesConfig
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def advance(
+        self, segment: int, lanes: Tensor, fresh: Tensor, past: KeyMemory | None
+    ) -> tuple[Tensor | None, Sequences, Tensor, Tensor | None]:
+        """Run one segment from the lanes' states (B, D).
+
+        Returns: features (M, C), its sequences, the lanes' states after it, the keys (M, R) added to the memory.
+        """
+        s = sequences(self.window, segment)
+        if not s.tokens.numel():
+            return None, s, lanes, None
+        rows = torch.where(s.fresh.unsqueeze(1), fresh, lanes[s.lane])
+        x, after = self.model.features(s.tokens, unpack(rows, self.like, past), s.cu_seqlens)
+        return x.squeeze(0), s, torch.cat([pack(after), lanes])[s.last], after.memory and after.memory.added
+
+    def advance_without_graph(
+        self, segment: int, lanes: Tensor, fresh: Tensor
+    ) -> tuple[Tensor | None, Sequences, Tensor]:
+        """As `advance`, and keep what the memory grows by."""
+        past = None if self.memory is None else self.memory.before(segment)
+        x, s, lanes, added = self.advance(segment, lanes, fresh, past)
+        if self.memory is not None and added is not None:
+            self.memory.store(segment, s.tokens.squeeze(0), added)
+        return x, s, lanes
+
+    def loss(self, segment: int, x: Tensor, s: Sequences) -> Tensor:
+        """The summed loss of a segment, noted in the metrics."""
+        total, losses = token_losses(x, self.model.head.weight, s.targets, self.l2_penalty)
+        self.metrics.add(segment, s, losses)
+        return total
+
+    def divide(self, total: Tensor) -> Tensor:
+        """By the normaliser, keeping the dtype."""
+        return (total / self.normaliser).to(total.dtype)
