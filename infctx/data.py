@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from infctx.documents import ArrowDocuments, Source, prepare
+from infctx.parallel.config import ParallelConfig
 from infctx.segments import Plan, Window, WindowLoader
 from infctx.tokenizer import load_tokenizer
 
@@ -22,8 +23,9 @@ class DocumentData(pl.LightningDataModule):
         tokenizer: bytes, world, a tokenizer.json or a folder with one, or owner/name on the Hugging Face hub.
         segment_length: tokens T of one forward of the model.
         segments_per_window: segments under one gradient; document: as many as the longest document of the window needs.
-        batch_size: lanes on each device.
+        batch_size: lanes on each device; with parallel.time, on each group of devices that share documents.
         validation: a share of the documents, a count of them, a source of its own, or null.
+        parallel: how one document is spread over ranks: the section `parallel` of a recipe.
     """
 
     trainer: pl.Trainer
@@ -37,6 +39,7 @@ class DocumentData(pl.LightningDataModule):
         segments_per_window: int | Literal["document"] = "document",
         batch_size: int = 1,
         validation: int | float | Source | None = None,
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         sizes = {"segment_length": segment_length, "segments_per_window": segments_per_window, "batch_size": batch_size}
@@ -44,7 +47,7 @@ class DocumentData(pl.LightningDataModule):
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"data.{key} must be at least 1, got {value}")
         self.source, self.path, self.tokenizer, self.validation = source, path, load_tokenizer(tokenizer), validation
-        self.segment_length, self.batch_size = segment_length, batch_size
+        self.segment_length, self.batch_size, self.parallel = segment_length, batch_size, parallel
         self.segments_per_window = None if segments_per_window == "document" else int(segments_per_window)
         self.plan = lru_cache(maxsize=2)(self._plan)
         self.seed = 0
@@ -80,8 +83,8 @@ class DocumentData(pl.LightningDataModule):
 
     @property
     def lanes(self) -> int:
-        """G: the lanes of all ranks."""
-        return self.batch_size * self.trainer.world_size
+        """G: the lanes of all ranks. Those that share a document share lanes."""
+        return self.batch_size * self.parallel.lane_groups(self.trainer.world_size)
 
     def train_dataloader(self) -> WindowLoader:
         """The windows of the epoch that the trainer is in."""
@@ -149,5 +152,5 @@ class DocumentData(pl.LightningDataModule):
         return limit if isinstance(limit, int) else None if limit == 1.0 else int(len(self.plan(epoch)) * limit)
 
     def _own(self) -> range:
-        rank = self.trainer.global_rank
-        return range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        group = self.trainer.global_rank // self.parallel.time
+        return range(group * self.batch_size, (group + 1) * self.batch_size)

@@ -14,10 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from infctx.borders import StatesConfig
 from infctx.checkpoint import checkpoints, newest, verify
 from infctx.data import DocumentData
 from infctx.documents import Source
 from infctx.errors import ShortErrors, UserError
+from infctx.parallel.config import ParallelConfig
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
 from infctx.training import InfctxModule, refuse_precision
@@ -85,6 +87,10 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is neither model, data nor trainer."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_class_arguments(ParallelConfig, "parallel")
+        parser.add_class_arguments(StatesConfig, "states")
+        for source, target in (("parallel", "model"), ("parallel", "data"), ("states", "model")):
+            parser.link_arguments(source, f"{target}.{source}", apply_on="instantiate")
         help_name = "of the run's folder under runs/, or a path if it holds a slash; default: the recipe's and the time"
         parser.add_argument("--name", type=str | None, default=None, help=help_name)
         help_resume = "auto: from the newest sound checkpoint of --name, if any; or a checkpoint's folder"

@@ -8,11 +8,13 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from infctx.borders import StatesConfig
 from infctx.bptt import window_loss
 from infctx.config import ModelConfig
 from infctx.models.rwkv import init_model
 from infctx.ops.backends import choose, require_known
 from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
+from infctx.parallel.config import ParallelConfig
 from infctx.segments import Window
 from infctx.state import KeyMemory, State, join, pack, select, unpack
 from infctx.weights import load_model
@@ -30,6 +32,8 @@ class InfctxModule(pl.LightningModule):
         tuning: null: all weights.
         optimizer: how weights are updated.
         l2_penalty: on the largest logit of each token; RWKV-LM's L2Wrap is 1.0e-4.
+        parallel: how one document is spread over ranks: the section `parallel` of a recipe.
+        states: which states at borders are kept, and where: the section `states` of a recipe.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class InfctxModule(pl.LightningModule):
         tuning: dict[str, Any] | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         l2_penalty: float = 0.0,
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
+        states: StatesConfig = StatesConfig(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         if horizon is not None and horizon < 1:
@@ -55,6 +61,7 @@ class InfctxModule(pl.LightningModule):
         else:
             raise ValueError("model: give load (weights to start from) or init (sizes of a new model)")
         self.horizon, self.optimizer, self.l2_penalty = horizon, optimizer, l2_penalty
+        self.parallel, self.states = parallel, states
         self.lanes: State | None = None
         self.validation_lanes: State | None = None
         self.step_sums: dict[str, Tensor] = {}  # what the optimizer step has seen so far, on this rank
@@ -70,6 +77,8 @@ class InfctxModule(pl.LightningModule):
             raise ValueError(
                 f"trainer.strategy {type(self.trainer.strategy).__name__} is not supported: choose auto or ddp"
             )
+        if self.parallel.time > 1:
+            raise ValueError("parallel.time: only 1 is there in this version")
         need = self.trainer.datamodule.tokenizer.vocab_size  # type: ignore[attr-defined]
         if self.model.config.vocab_size < need:
             raise ValueError(f"data.tokenizer has {need} ids, the model's vocab_size is {self.model.config.vocab_size}")
@@ -77,8 +86,9 @@ class InfctxModule(pl.LightningModule):
     def training_step(self, window: Window, index: int) -> Tensor:
         """Returns: the loss, scaled so that what the trainer and the ranks divide it by cancels out."""
         loss, metrics, self.lanes = window_loss(
-            self.model, window, self.lanes, self.horizon, window.normaliser, l2_penalty=self.l2_penalty
-        )
+            self.model, window, self.lanes, self.horizon, window.normaliser,
+            l2_penalty=self.l2_penalty, states=self.states,
+        )  # fmt: skip
         _refuse_non_finite(loss, metrics, window, index)
         seen = torch.stack([(window.ids >= 0).sum(), window.start.sum()]).double()
         for name, x in {**metrics, "seen": seen.to(self.device)}.items():

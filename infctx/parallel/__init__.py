@@ -1,0 +1,1 @@
+"""One window over many ranks, and the engines that shard weights."""

@@ -1,0 +1,27 @@
+"""How one document is spread over ranks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """One document over many ranks.
+
+    Args:
+        time: ranks that share the lanes of each window; the number of ranks must be a multiple of it.
+        schedule: wavefront: whole segments go to these ranks in turn; scan: each segment is split over them.
+    """
+
+    time: int = 1
+    schedule: Literal["wavefront", "scan"] = "wavefront"
+
+    def __post_init__(self) -> None:
+        if self.time < 1:
+            raise ValueError(f"parallel.time must be at least 1 rank, got {self.time}")
+
+    def lane_groups(self, ranks: int) -> int:
+        """How many groups of ranks have lanes of their own. Raises: ValueError if the ranks cannot be divided so."""
+        if ranks % self.time:
+            raise ValueError(f"parallel.time {self.time}: the run has {ranks} ranks, which is no multiple of it")
+        return ranks // self.time
