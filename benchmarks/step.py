@@ -151,10 +151,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     # By this name the models take the same compiled neighbours of the recurrence as with the kernel itself.
     BACKENDS[f"{options.device}-none"] = Nothing()
-    rows = []
-    lines = ["| tokens | precision | model and kernel | parameters | tokens/s | ratio | of peak |", "|---" * 7 + "|"]
     peaks = {precision: matrix_peak(precision, options.device) for precision in options.precision}
     for tokens in options.tokens:
+        rows = []
+        lines = [
+            "| tokens | precision | model and kernel | parameters | tokens/s | ratio | of peak |",
+            "|---" * 7 + "|",
+        ]
         for precision, peak in peaks.items():
             steps = candidates(options, tokens, precision)
             found = measure(steps, options.batch * tokens, options.rounds, options.device, peak)
@@ -163,12 +166,12 @@ def main() -> None:
                 rows.append({"tokens": tokens, "precision": precision, "name": name, **x, "ratio": x["median"] / first})
                 what = f"{precision} | {name} | {x['parameters'] / 1e6:.1f} M | {x['median']:.0f}"
                 lines.append(f"| {tokens} | {what} | {x['median'] / first:.2f} | {x['of_peak']:.0%} |")
-    print("\n".join(lines))
-    if options.out:
-        path = options.out / f"step-{options.device}-l{options.layers}-d{options.width}"
-        facts = {"options": str(options), "threads": torch.get_num_threads(), "peaks": peaks}
-        record.write(path.with_suffix(".json"), **facts, rows=rows)
-        record.write_table(path.with_suffix(".md"), lines, str(facts))
+        print("\n".join(lines))
+        if options.out:
+            path = options.out / f"step-{options.device}-l{options.layers}-d{options.width}-t{tokens}"
+            facts = {"options": str(options), "threads": torch.get_num_threads(), "peaks": peaks}
+            record.write(path.with_suffix(".json"), **facts, rows=rows)
+            record.write_table(path.with_suffix(".md"), lines, str(facts))
 
 
 if __name__ == "__main__":
