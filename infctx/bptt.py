@@ -70,9 +70,10 @@ def window_loss(
         carried = select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device)).memory
     memory = None if carried is None else WindowMemory(window, carried, computing_dtype(carried.keys))
     horizon = horizon or window.tokens.shape[1]
-    task = Task(model, window, like, horizon, normaliser, l2_penalty, Metrics.zeros(window), memory, states)
+    metrics = Metrics.zeros(window)
+    task = Task(model, window, like, horizon, normaliser, l2_penalty, metrics, memory, states, state is not None)
     loss, lanes = (runner or run_alone)(task, lanes, carried and carried.keys, fresh)
-    return loss, task.metrics._asdict(), unpack(lanes, like, None if memory is None else memory.after())
+    return loss, metrics._asdict(), unpack(lanes, like, None if memory is None else memory.after())
 
 
 def run_alone(task: Task, lanes: Tensor, keys: Tensor | None, fresh: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,9 +71,21 @@ class WindowMemory:
             self.keys[span.own] = added[new].detach()
             self.tokens[span.own] = tokens[new].to(self.tokens)
 
+    def size(self, segment: int) -> int:
+        """How many tokens a segment has."""
+        return sum(span.own.stop - span.own.start for span in self.spans[segment])
+
+    def added(self, segment: int) -> Tensor:
+        """The keys (T, R) that a segment added, in the order of its sequences."""
+        return torch.cat([self.keys[:0], *(self.keys[span.own] for span in self.spans[segment])])
+
+    def sums(self, segment: int) -> Tensor:
+        """The gradient (T, R) that later segments gave for the keys that this one added, as it is summed."""
+        return torch.cat([self.gradient[:0], *(self.gradient[span.own] for span in self.spans[segment])])
+
     def seed(self, segment: int) -> Tensor:
-        """The gradient (T, R) that later segments gave for the keys that this one added."""
-        return torch.cat([self.gradient[span.own] for span in self.spans[segment]]).to(self.keys.dtype)
+        """The same in the computing precision."""
+        return self.sums(segment).to(self.keys.dtype)
 
     def add(self, segment: int, gradient: Tensor) -> None:
         """Sum up the gradient of `before(segment)`."""

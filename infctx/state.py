@@ -3,7 +3,7 @@
 N sequences, C channels, H heads of V value and K key channels. All in float32, float64 in a float64 model.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,22 @@ class State(NamedTuple):
 
     blocks: tuple[BlockState, ...]
     memory: KeyMemory | None = None
+
+
+class Relay(Protocol):
+    """Brings a model its state layer by layer, and takes it on likewise: the rest may still be made elsewhere."""
+
+    def before(self, layer: int) -> BlockState:
+        """The state of a layer before the first token; asked for just before the layer runs."""
+
+    def after(self, layer: int, state: BlockState) -> None:
+        """Take the state of a layer after the last token, as soon as the layer has run."""
+
+    def remembered(self) -> KeyMemory | None:
+        """GoldFinch: the memory before the first token; asked for just before this call's tokens are added to it."""
+
+    def remember(self, memory: KeyMemory) -> None:
+        """GoldFinch: take the memory as soon as they are."""
 
 
 def computing_dtype(x: Tensor) -> torch.dtype:

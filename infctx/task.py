@@ -57,10 +57,15 @@ class Task(NamedTuple):
     metrics: Metrics
     memory: WindowMemory | None
     states: StatesConfig
+    carried: bool  # whether the lanes' states before the window were given; if not, they are the fresh one
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def empty(self, segment: int) -> bool:
+        """Whether there is nothing to run in a segment: no lane has a token in it."""
+        return not bool((self.window.ids[:, segment] >= 0).any())
 
     def advance(
         self, segment: int, lanes: Tensor, fresh: Tensor, past: KeyMemory | None

@@ -3,7 +3,8 @@
 B rows, T tokens, C channels, N sequences.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,18 @@ from infctx.ops.fused import Packing, pack_sequences, token_shift
 from infctx.state import KeyMemory
 
 __all__ = ["Packing", "pack_sequences", "token_shift"]
+
+
+class Split(Protocol):
+    """A segment whose tokens are split over ranks: what goes between them inside a layer. See `parallel.scan`."""
+
+    def preceding(self, x: Tensor, carried: Tensor) -> Tensor:
+        """As `Shared.preceding`."""
+
+    def recurrence(
+        self, op: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], state: Tensor, kernel: str
+    ) -> tuple[Tensor, Tensor]:
+        """As `Shared.recurrence`."""
 
 
 class Shared(NamedTuple):
@@ -25,11 +38,24 @@ class Shared(NamedTuple):
     v_first: Tensor | None = None  # RWKV-7: the values of layer 0
     memory: KeyMemory | None = None  # GoldFinch: from TokenCat on, with this segment's keys
     tables: Any = None  # GoldFinch: the weights that turn tokens and compressed keys into keys and values
+    split: Split | None = None  # where other ranks have the tokens before and after
 
     @property
     def cu_seqlens(self) -> Tensor | None:
         """Borders of the sequences, if they are packed."""
         return self.packing.cu_seqlens if self.packing else None
+
+    def preceding(self, x: Tensor, carried: Tensor) -> Tensor:
+        """What precedes the first token of each sequence (N, C). Args: x (B, T, C), carried (N, C)."""
+        return carried if self.split is None else self.split.preceding(x, carried)
+
+    def recurrence(
+        self, op: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Tensor, ...], state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Its results for the tokens, and its state after them. Args: op of `ops`, its inputs, its state before."""
+        if self.split is not None:
+            return self.split.recurrence(op, inputs, state, self.kernel)
+        return op(*inputs, state, self.cu_seqlens, self.kernel)
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:

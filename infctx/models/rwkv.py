@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from infctx.config import ModelConfig
 from infctx.models import goldfinch, rwkv4, rwkv5, rwkv6, rwkv7
-from infctx.models.layers import Shared, linear, pack_sequences
-from infctx.state import BlockState, KeyMemory, State
+from infctx.models.layers import Shared, Split, linear, pack_sequences
+from infctx.state import BlockState, KeyMemory, Relay, State
 
 COMPILED = ("auto", "cpu", "cuda")  # kernels with which the neighbours of the recurrence are compiled too
 Mixer = Callable[[ModelConfig, int], nn.Module]
@@ -80,22 +80,37 @@ class RWKV(nn.Module):
         return self.head(x), state
 
     def features(
-        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        tokens: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        split: Split | None = None,
+        relay: Relay | None = None,
     ) -> tuple[Tensor, State]:
-        """As `forward`, without the head: (B, T, C), so that a loss may project to the vocabulary piece by piece."""
+        """As `forward`, without the head: (B, T, C), so that a loss may project to the vocabulary piece by piece.
+
+        Args:
+            split: None if the tokens are all there are, else how other ranks' are reached.
+            relay: where the states of the layers come from and go to, one by one; None: `state` holds them.
+        """
         n = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
         state = state or self.initial_state(n)
-        if len(state.blocks[0].att_shift) != n:
+        if relay is None and len(state.blocks[0].att_shift) != n:
             raise ValueError(f"state holds {len(state.blocks[0].att_shift)} sequences, tokens are {n}")
         packing = None if cu_seqlens is None else pack_sequences(cu_seqlens, tokens.shape[1])
         x, after = self.blocks[0].ln0(self.emb(tokens)), []  # type: ignore[operator]
         form = "auto" if self.kernel.split("-")[0] in COMPILED else "plain"
-        shared = Shared(self.kernel, form, tokens, x, packing)
-        for layer, (block, before) in enumerate(zip(self.blocks, state.blocks, strict=True)):
+        shared = Shared(self.kernel, form, tokens, x, packing, split=split)
+        for layer, block in enumerate(self.blocks):
             if self.config.n_gold and layer == self.config.n_layer - self.config.n_gold:
-                shared = goldfinch.token_cat(self, x, shared, state.memory or self.empty_memory(n))
-            x, shared, block_state = block(x, shared, before)
+                memory = relay.remembered() if relay else state.memory
+                shared = goldfinch.token_cat(self, x, shared, memory or self.empty_memory(n))
+                if relay:
+                    relay.remember(shared.memory)  # type: ignore[arg-type]
+            x, shared, block_state = block(x, shared, relay.before(layer) if relay else state.blocks[layer])
             after.append(block_state)
+            if relay:
+                relay.after(layer, block_state)
         return self.ln_out(x), State(tuple(after), shared.memory)
 
     def initial_state(self, n: int) -> State:

@@ -46,11 +46,11 @@ class TimeMix(nn.Module):
         """Args: x (B, T, C) after ln1. Returns: what is added to the residual, shared, and the state after."""
         mixes = [1 - mix for mix in (self.time_mix_k, self.time_mix_v, self.time_mix_r)]
         (xk, xv, xr), att_shift = fused.shift_mix(
-            x, state.att_shift, mixes, shared.packing, computing_dtype(x), form=shared.form
+            x, shared.preceding(x, state.att_shift), mixes, shared.packing, computing_dtype(x), form=shared.form
         )
         k, v, r = self.key(xk), self.value(xv), torch.sigmoid(self.receptance(xr))
         w = log_decay(self.time_decay, state.wkv.dtype)
-        y, wkv = wkv4(w, self.time_first, k, v, state.wkv, shared.cu_seqlens, shared.kernel)
+        y, wkv = shared.recurrence(wkv4, (w, self.time_first, k, v), state.wkv)
         return self.output(r * y), shared, state._replace(att_shift=att_shift, wkv=wkv)
 
     def initial_wkv(self, zeros: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class ChannelMix(nn.Module):
         """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
         mixes = (1 - self.time_mix_k, 1 - self.time_mix_r)
         (xk, xr), ffn_shift = fused.shift_mix(
-            x, state.ffn_shift, mixes, shared.packing, computing_dtype(x), form=shared.form
+            x, shared.preceding(x, state.ffn_shift), mixes, shared.packing, computing_dtype(x), form=shared.form
         )
         k = fused.relu_squared(self.key(xk), shared.form)
         return torch.sigmoid(self.receptance(xr)) * self.value(k), state._replace(ffn_shift=ffn_shift)

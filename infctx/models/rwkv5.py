@@ -54,13 +54,13 @@ class TimeMix(nn.Module):
         mixes = (self.time_mix_k, self.time_mix_v, self.time_mix_r) + ((self.time_mix_g,) if self.gated else ())
         low, form = computing_dtype(x), shared.form
         (xk, xv, xr, *xg), att_shift = fused.shift_mix(
-            x, state.att_shift, [1 - mix for mix in mixes], shared.packing, low, form=form
+            x, shared.preceding(x, state.att_shift), [1 - mix for mix in mixes], shared.packing, low, form=form
         )
         r, k, v = (y.unflatten(-1, (-1, self.size)) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         u, w = getattr(self, self.bonus).to(state.wkv.dtype), log_decay(self.time_decay, state.wkv.dtype)
         u = torch.exp(u) if self.bonus == "time_first" else u
         u, w = (y.view(k.shape[2], -1).expand(k.shape[2:]) for y in (u, w))  # (H, N)
-        y, wkv = wkv6(r, k, v, w.expand(k.shape), u, state.wkv, shared.cu_seqlens, shared.kernel)
+        y, wkv = shared.recurrence(wkv6, (r, k, v, w.expand(k.shape), u), state.wkv)
         if self.gated:
             y = fused.rwkv6_output(y, self.gate(*xg), self.ln_x.weight, self.ln_x.bias, low, form)
         else:

@@ -50,7 +50,7 @@ class TimeMix(nn.Module):
         (xw, xk, xv, xr, xg), att_shift = data_dependent_mixes(self, x, state.att_shift, shared)
         r, k, v = (y.unflatten(-1, self.time_faaaa.shape) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         w = data_dependent_decay(self, xw, state.wkv.dtype).unflatten(-1, self.time_faaaa.shape)
-        y, wkv = wkv6(r, k, v, w, self.time_faaaa, state.wkv, shared.cu_seqlens, shared.kernel)
+        y, wkv = shared.recurrence(wkv6, (r, k, v, w, self.time_faaaa), state.wkv)
         y = fused.rwkv6_output(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, low, form)
         return self.output(y), shared, state._replace(att_shift=att_shift, wkv=wkv)
 
@@ -96,8 +96,8 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, BlockState]:
         """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
         (xk, xr), ffn_shift = fused.shift_mix(
-            x, state.ffn_shift, (self.time_maa_k, self.time_maa_r), shared.packing, computing_dtype(x),
-            form=shared.form,
+            x, shared.preceding(x, state.ffn_shift), (self.time_maa_k, self.time_maa_r), shared.packing,
+            computing_dtype(x), form=shared.form,
         )  # fmt: skip
         k, r = fused.relu_squared(self.key(xk), shared.form), torch.sigmoid(self.receptance(xr))
         return r * self.value(k), state._replace(ffn_shift=ffn_shift)
@@ -119,6 +119,7 @@ def data_dependent_mixes(mixer: Any, x: Tensor, carried: Tensor, shared: Shared)
     Returns: these, and what to carry on (N, C).
     """
     dtype, packing, form = computing_dtype(x), shared.packing, shared.form
+    carried = shared.preceding(x, carried)
     (first,), last = fused.shift_mix(x, carried, (mixer.time_maa_x,), packing, dtype, form=form)
     low = torch.tanh(first @ mixer.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, rank)
     moved = torch.einsum("btir,irc->ibtc", low, mixer.time_maa_w2)

@@ -61,7 +61,9 @@ class TimeMix(nn.Module):
         low, form = computing_dtype(x), shared.form
         inner = state.wkv.dtype if x.device.type == "cpu" else low  # what the recurrence takes as it is
         mixes = (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        (xr, xw, xk, xv, xa, xg), att_shift = fused.shift_mix(x, state.att_shift, mixes, shared.packing, low, form=form)
+        (xr, xw, xk, xv, xa, xg), att_shift = fused.shift_mix(
+            x, shared.preceding(x, state.att_shift), mixes, shared.packing, low, form=form
+        )
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)  # (B, T, C)
         residual = None
         if shared.v_first is None:
@@ -73,7 +75,7 @@ class TimeMix(nn.Module):
             self.w0, self.a0, self.k_k, self.k_a, len(self.r_k), inner, residual, form,
         )  # fmt: skip
         r = r.unflatten(-1, self.r_k.shape)  # (B, T, H, N), as the others are
-        y, wkv = wkv7(r, w, k, v, a, b, state.wkv, shared.cu_seqlens, shared.kernel)  # wkv (N_seq, H, V, K)
+        y, wkv = shared.recurrence(wkv7, (r, w, k, v, a, b), state.wkv)  # wkv (N_seq, H, V, K)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
         y = fused.rwkv7_output(y, r, k, v, g, self.ln_x.weight, self.ln_x.bias, self.r_k, low, form)
         return self.output(y), shared, state._replace(att_shift=att_shift, wkv=wkv)
@@ -127,7 +129,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shared: Shared, state: BlockState) -> tuple[Tensor, BlockState]:
         """Args: x (B, T, C) after ln2. Returns: what is added to the residual, and the state after."""
         (xk,), ffn_shift = fused.shift_mix(
-            x, state.ffn_shift, (self.x_k,), shared.packing, computing_dtype(x), form=shared.form
+            x, shared.preceding(x, state.ffn_shift), (self.x_k,), shared.packing, computing_dtype(x), form=shared.form
         )
         k = fused.relu_squared(self.key(xk), shared.form)
         return self.value(self.scaled(k, x, shared)), state._replace(ffn_shift=ffn_shift)
