@@ -53,7 +53,8 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, An
     """Weights and the rest of a training checkpoint, verified first. Raises: as `verify`."""
     verify(folder)
     folder = Path(folder)
-    return load_file(folder / WEIGHTS), torch.load(folder / TRAINING, map_location="cpu", weights_only=True)
+    # Mapped, not read: of whole tensors a rank may need its pieces only.
+    return load_file(folder / WEIGHTS), torch.load(folder / TRAINING, map_location="cpu", weights_only=True, mmap=True)
 
 
 def verify(folder: str | Path) -> dict[str, Any]:

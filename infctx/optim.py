@@ -53,14 +53,15 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "double": [], "triple": []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            matrix = "matrices" if name.endswith(".weight") and p.squeeze().dim() >= 2 else "rest"
+            matrix = "matrices" if name.endswith(".weight") and sum(n != 1 for n in p.shape) >= 2 else "rest"
             groups[{2.0: "double", 3.0: "triple"}.get(scale.get(id(p), 1.0), matrix)].append(p)
-    decay, factor = {"matrices": config.weight_decay}, {"double": 2.0, "triple": 3.0}
-    return [
-        {"name": name, "params": params, "weight_decay": decay.get(name, 0.0), "lr": config.lr * factor.get(name, 1.0)}
-        for name, params in groups.items()
-        if params
-    ]
+    return [{"name": name, "params": params, **_numbers(name, config)} for name, params in groups.items() if params]
+
+
+def _numbers(name: str, config: OptimizerConfig) -> dict[str, float]:
+    """What a group has of its own."""
+    factor = {"double": 2.0, "triple": 3.0}.get(name, 1.0)
+    return {"weight_decay": config.weight_decay if name == "matrices" else 0.0, "lr": config.lr * factor}
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
@@ -73,12 +74,13 @@ def make_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: in
     return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
 
 
-def apply_config(optimizer: Any, schedule: Any, model: nn.Module, config: OptimizerConfig) -> None:
+def apply_config(optimizer: Any, schedule: Any, config: OptimizerConfig) -> None:
     """Give an optimizer and its schedule, restored from a checkpoint, the numbers of the recipe as it is now."""
-    for i, new in enumerate(parameter_groups(model, config)):
+    for i, group in enumerate(optimizer.param_groups):
+        new = _numbers(group["name"], config)
         rate = new["lr"] * schedule.lr_lambdas[i](schedule.last_epoch)
         numbers = {"betas": config.betas, "eps": config.eps, "weight_decay": new["weight_decay"]}
-        optimizer.param_groups[i].update(numbers, lr=rate, initial_lr=new["lr"])
+        group.update(numbers, lr=rate, initial_lr=new["lr"])
         schedule.base_lrs[i] = new["lr"]
 
 
@@ -99,4 +101,5 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[
 
 def total_norm(model: nn.Module) -> float:
     """The 2-norm of all gradients together."""
-    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    norm: Any = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # gradients in pieces over ranks

@@ -15,14 +15,18 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from infctx.borders import StatesConfig
+from infctx.check import check_recipe
 from infctx.checkpoint import checkpoints, newest, verify
 from infctx.data import DocumentData
 from infctx.documents import Source
 from infctx.errors import ShortErrors, UserError
 from infctx.parallel.config import ParallelConfig
+from infctx.parallel.launch import cluster_plugins, decide_once, require_world
+from infctx.parallel.watch import Watch
+from infctx.planning import plan_recipe, spell_out
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
-from infctx.training import InfctxModule, refuse_precision
+from infctx.training import InfctxModule, refuse_precision, refuse_strategy
 
 # The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
 TRAINER = {
@@ -48,6 +52,30 @@ class Trainer(pl.Trainer):
         """Tokenise the documents of a recipe into data.path, unless that is done."""
 
 
+    def plan(
+        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None,
+        device: str = "measured", ranks: list[int] = [], explain: bool = False, tokens: int | None = None,  # noqa: B006
+    ) -> None:  # fmt: skip
+        """Forecast memory, time and what would fit, for each strategy and number of ranks.
+
+        Args:
+            device: what each rank has: measured (this machine), or h200, h100, a100-80, ...: see devices.py.
+            ranks: numbers of ranks: --ranks 1 2 4.
+            explain: print the formulas too, with the numbers put in.
+            tokens: of the longest document, where nothing is prepared yet.
+        """
+
+    def check(
+        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None,
+        ranks: list[int] = [],  # noqa: B006
+    ) -> None:  # fmt: skip
+        """Dry-run a recipe for a number of ranks on this machine: nothing is prepared, started or written.
+
+        Args:
+            ranks: how many: --ranks 8; 1 if left out.
+        """
+
+
 class SaveConfig(SaveConfigCallback):
     """The recipe as resolved, in the run's folder."""
 
@@ -64,7 +92,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class CLI(LightningCLI):
-    """fit, validate and prepare: everything they take is a constructor's argument, a key of the recipe."""
+    """Verbs of a recipe: everything they take is a constructor's argument, a key of the recipe."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -78,7 +106,8 @@ class CLI(LightningCLI):
             "ckpt_path",
             "weights_only",
         }
-        return {"fit": loaders, "validate": loaders | {"verbose"}, "prepare": loaders}
+        others = dict.fromkeys(("prepare", "plan", "check"), loaders)
+        return {"fit": loaders, "validate": loaders | {"verbose"}, **others}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """The file that a run leaves says only what was asked for."""
@@ -102,11 +131,17 @@ class CLI(LightningCLI):
         if self.subcommand == "prepare":
             _prepare(config.data)
             raise SystemExit(0)
+        if self.subcommand in ("plan", "check"):
+            {"plan": plan_recipe, "check": check_recipe}[self.subcommand](config)
+            raise SystemExit(0)
         if self.subcommand == "validate" and (config.name or config.resume):
             raise UserError("validate takes no --name and no --resume: name the run by --model.load")
+        strategy = getattr(config.trainer.strategy, "class_path", config.trainer.strategy)
+        if str(strategy).startswith(("deepspeed", "fsdp")):  # here, since Lightning's own want a GPU first
+            refuse_strategy(strategy)
         refuse_precision(config.trainer.precision)  # here, since Lightning itself would take another one on a CPU
         if self.subcommand == "fit":
-            self.run_folder, self.resume = _decide(config)
+            self.run_folder, self.resume = decide_once(lambda: _decide(config), config.parallel.timeout)
             if getattr(rank_zero_only, "rank", 0) == 0:
                 print(f"run: {self.run_folder}" + (f", resumed from {self.resume}" if self.resume else ""))
 
@@ -114,19 +149,23 @@ class CLI(LightningCLI):
         """Add what a run writes."""
         given = self._get(self.config_init, "trainer")
         plugins = given["plugins"] if isinstance(given["plugins"], list) else [given["plugins"]]
-        own: dict[str, Any] = {"plugins": [*filter(None, plugins), FolderCheckpoints()], "logger": False}
+        plugins = [*filter(None, plugins), FolderCheckpoints()]
+        own: dict[str, Any] = {"plugins": [*plugins, *cluster_plugins(plugins)], "logger": False}
+        own["callbacks"] = [*(given["callbacks"] or []), Watch(self._get(self.config_init, "parallel").timeout)]
         if self.subcommand == "fit":
             metrics = Metrics(self.run_folder)
             checkpoint = self._get(self.config_init, "checkpoint")
             checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
             checkpoint.limits = [given["max_epochs"], given["max_steps"]]
             bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
-            own["callbacks"] = [*(given["callbacks"] or []), metrics, *bar]
+            own["callbacks"] += [metrics, *bar]
             if given["logger"] in (None, True):
                 own["logger"] = TensorBoardLogger(self.run_folder, name="", version="tensorboard")
             else:
                 own["logger"] = given["logger"]
-        return super().instantiate_trainer(**own, **kwargs)
+        trainer = super().instantiate_trainer(**own, **kwargs)
+        require_world(trainer.world_size)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """One seed for the order of documents and the rest."""
@@ -154,7 +193,7 @@ class CLI(LightningCLI):
 
 
 def _decide(config: Namespace) -> tuple[Path, Path | None]:
-    """The run's folder, and the checkpoint it goes on from. Copies that the first rank starts are told both."""
+    """The run's folder, and the checkpoint it goes on from. Ranks that Lightning starts are told both in sys.argv."""
     name, resume = config.name, config.resume
     if resume not in (None, "auto"):
         resume = Path(resume) if checkpoints(resume) == [] else newest(resume)
@@ -206,12 +245,12 @@ def _prepare(config: Namespace) -> None:
 
 
 def run_recipe(argv: list[str]) -> None:
-    """Run fit, validate or prepare. Raises: UserError and what the constructors raise."""
+    """Run a verb of RECIPE_COMMANDS. Raises: UserError and what the constructors raise."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # they set their own levels when imported
         logging.getLogger(name).setLevel(logging.WARNING)
     _check_recipes(argv)
     try:
-        _run(argv)
+        _run(spell_out(argv) if argv[0] in ("plan", "check") else argv)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
     except SIGTERMException:

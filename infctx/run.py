@@ -94,12 +94,13 @@ class Checkpoint(CheckpointBase):
         self._saved = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Ranks that were started by themselves looked into the folder by themselves: they must have seen the same."""
-        own = str(self.resume and self.resume.absolute())
+        """Ranks that were started one by one, by no launcher we know, decided by themselves: they must agree."""
+        own = [str(self.folder.absolute()), self.resume and str(self.resume.absolute())]
         first = trainer.strategy.broadcast(own)
         if first != own:
             raise ValueError(
-                f"rank {trainer.global_rank} would go on from {self.resume}, rank 0 from {first}: give --resume PATH"
+                f"rank {trainer.global_rank} would write to {own[0]} and go on from {own[1]}, rank 0 to {first[0]} and "
+                f"from {first[1]}: give --name and --resume PATH"
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

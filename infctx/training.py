@@ -1,7 +1,8 @@
 """The model section of a recipe, as Lightning sees it: one window in, one loss out, one backward."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -9,15 +10,21 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from infctx.borders import StatesConfig
-from infctx.bptt import window_loss
+from infctx.bptt import Runner, run_alone, window_loss
 from infctx.config import ModelConfig
 from infctx.models.rwkv import init_model
 from infctx.ops.backends import choose, require_known
 from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
 from infctx.parallel.config import ParallelConfig
+from infctx.parallel.scan import Scan
+from infctx.parallel.sharded import Outline
+from infctx.parallel.strategies import FSDP2, Cut, ZeRO
+from infctx.parallel.wavefront import Wavefront
 from infctx.segments import Window
 from infctx.state import KeyMemory, State, join, pack, select, unpack
 from infctx.weights import load_model
+
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ZeRO, FSDP2)  # exactly these: Lightning's own ZeRO would be wrong
 
 
 class InfctxModule(pl.LightningModule):
@@ -68,38 +75,74 @@ class InfctxModule(pl.LightningModule):
         self.counts = {"tokens": 0, "documents": 0, "seconds": 0.0}  # of the whole run, on all ranks
         self.learning_rate = self.grad_norm = 0.0
         self._resumed: dict[str, Any] = {}
+        self.outline: Outline | None = None  # of a model whose weights are in pieces
+        self.runner: Runner = run_alone
 
     def setup(self, stage: str) -> None:
         """Refuse what would be wrong silently."""
         refuse_precision(self.trainer.precision)
         choose(self.model.kernel, self.trainer.strategy.root_device.type)
-        if not isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ValueError(
-                f"trainer.strategy {type(self.trainer.strategy).__name__} is not supported: choose auto or ddp"
-            )
-        if self.parallel.time > 1:
-            raise ValueError("parallel.time: only 1 is there in this version")
+        strategy = self.trainer.strategy
+        if type(strategy) not in STRATEGIES:
+            refuse_strategy(type(strategy).__name__)
+        if isinstance(strategy, Cut):
+            self.outline, self.runner = strategy.outline(self.model), strategy.runner
+        if self.parallel.time > 1 and not isinstance(self.runner, Wavefront | Scan):
+            self.runner = self._over_time()
         need = self.trainer.datamodule.tokenizer.vocab_size  # type: ignore[attr-defined]
         if self.model.config.vocab_size < need:
             raise ValueError(f"data.tokenizer has {need} ids, the model's vocab_size is {self.model.config.vocab_size}")
 
+    def _over_time(self) -> Runner:
+        """How the ranks that share lanes run a window. Raises: ValueError where they would wait for each other."""
+        self.parallel.lane_groups(self.trainer.world_size)
+        if self.parallel.schedule == "wavefront" and self.outline is not None:
+            raise ValueError(
+                "parallel.schedule wavefront: its ranks are in different layers at a time, and zero3 and fsdp2 put "
+                "each layer together on all of them: choose parallel.schedule scan, or zero2"
+            )
+        if self.parallel.schedule == "scan" and self.model.config.n_gold:
+            raise ValueError("parallel.schedule scan: GoldFinch's attention needs all keys; choose wavefront")
+        group, _ = torch.distributed.new_subgroups(self.parallel.time)
+        return Wavefront(group) if self.parallel.schedule == "wavefront" else Scan(group, self.runner)
+
+    @property
+    def seen(self) -> Any:
+        """The model as `window_loss` sees it."""
+        return self.outline or self.model
+
+    def forward(self, part: Callable[..., Any], *args: Any) -> Any:
+        """A part of a step, called where an engine that wraps this module puts weights together."""
+        return part(*args)
+
     def training_step(self, window: Window, index: int) -> Tensor:
         """Returns: the loss, scaled so that what the trainer and the ranks divide it by cancels out."""
         loss, metrics, self.lanes = window_loss(
-            self.model, window, self.lanes, self.horizon, window.normaliser,
-            l2_penalty=self.l2_penalty, states=self.states,
+            self.seen, window, self.lanes, self.horizon, window.normaliser,
+            l2_penalty=self.l2_penalty, states=self.states, runner=self.runner,
         )  # fmt: skip
         _refuse_non_finite(loss, metrics, window, index)
         seen = torch.stack([(window.ids >= 0).sum(), window.start.sum()]).double()
+        seen *= self.trainer.global_rank % self.parallel.time == 0  # ranks that share lanes see the same window
         for name, x in {**metrics, "seen": seen.to(self.device)}.items():
             if name != "segment_loss":
                 self.step_sums[name] = self.step_sums[name] + x if name in self.step_sums else x
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Lightning calls it between `training_step` and its backward; under engines some gradients are there then."""
+        if not isinstance(self.trainer.strategy, Cut):
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Note the rate of this step, and the norm of its gradient before clipping."""
+        """Note the rate of this step, and the norm of its gradient before clipping, unless DeepSpeed will tell it."""
         self.learning_rate = next(g["lr"] for g in optimizer.param_groups if g.get("name") not in ("double", "triple"))
-        self.grad_norm = total_norm(self.model)
+        if not isinstance(self.trainer.strategy, ZeRO):
+            self.note_norm(total_norm(self.model))
+
+    def note_norm(self, norm: float) -> None:
+        """The norm of the whole gradient of this step. Raises: FloatingPointError if it is not finite."""
+        self.grad_norm = norm
         if not math.isfinite(self.grad_norm):
             raise FloatingPointError(f"the gradient's norm is {self.grad_norm} at step {self.trainer.global_step + 1}: "
                                      "no update was made from it; lower model.optimizer.lr")  # fmt: skip
@@ -120,7 +163,7 @@ class InfctxModule(pl.LightningModule):
 
     def validation_step(self, window: Window, index: int) -> None:
         """Add up the loss of held-out documents."""
-        _, metrics, self.validation_lanes = window_loss(self.model, window, self.validation_lanes)
+        _, metrics, self.validation_lanes = window_loss(self.seen, window, self.validation_lanes, runner=self.runner)
         self.validation_sums += torch.stack([metrics["loss_sum"], metrics["tokens"]])
 
     def on_validation_epoch_end(self) -> None:
@@ -136,7 +179,10 @@ class InfctxModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the lanes carry, the generators' states and the counts, of all ranks."""
-        lanes = self._gather(pack(self.lanes)) if self.lanes is not None else None
+        lanes = None
+        if self.lanes is not None:
+            rows = self._gather(pack(self.lanes)).chunk(self.trainer.world_size)
+            lanes = torch.cat(rows[:: self.parallel.time])  # ranks that share lanes have the same
         device = self.device.type == "cuda"
         checkpoint["infctx"] = {
             "lanes": lanes,
@@ -154,11 +200,11 @@ class InfctxModule(pl.LightningModule):
         """Go on with the lanes, generators and counts of the checkpoint."""
         if not self._resumed:
             return
-        apply_config(self.optimizers(), self.lr_schedulers(), self.model, self.optimizer)
+        apply_config(self.optimizers(), self.lr_schedulers(), self.optimizer)
         own, rank = self._resumed, self.trainer.global_rank
         if own["lanes"] is not None:
-            rows = own["lanes"].chunk(self.trainer.world_size)[rank].to(self.device)
-            self.lanes = unpack(rows, self.model.initial_state(1), self._own_memory(own.get("memory"), len(rows)))
+            rows = own["lanes"].chunk(self._groups)[rank // self.parallel.time].to(self.device)
+            self.lanes = unpack(rows, self.seen.initial_state(1), self._own_memory(own.get("memory"), len(rows)))
         torch.set_rng_state(own["rng"][rank % len(own["rng"])].clone())  # torch crashes on a row of a matrix
         if own["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"][rank % len(own["cuda_rng"])].clone(), self.device)
@@ -172,19 +218,29 @@ class InfctxModule(pl.LightningModule):
             return own
         all_ranks: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(all_ranks, own)
-        return join([KeyMemory(*x) for x in all_ranks])[:3]
+        return join([KeyMemory(*x) for x in all_ranks[:: self.parallel.time]])[:3]
 
     def _own_memory(self, memory: tuple[Tensor, ...] | None, lanes: int) -> KeyMemory | None:
         if memory is None:
             return None
-        begin = self.trainer.global_rank * lanes
+        begin = self.trainer.global_rank // self.parallel.time * lanes
         own = select(State((), KeyMemory(*memory)), torch.arange(begin, begin + lanes)).memory
         return own and KeyMemory(*(x.to(self.device) for x in own[:3]))
+
+    @property
+    def _groups(self) -> int:
+        """Groups of ranks that share lanes."""
+        return self.parallel.lane_groups(self.trainer.world_size)
 
     def _gather(self, rows: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return rows.cpu()
         return self.all_gather(rows.to(self.device)).flatten(0, 1).cpu()  # type: ignore[union-attr]
+
+
+def refuse_strategy(name: str) -> NoReturn:
+    """Raises: ValueError, always."""
+    raise ValueError(f"trainer.strategy {name} is not supported: choose auto, ddp or a file of recipes/strategy")
 
 
 def refuse_precision(precision: object) -> None:

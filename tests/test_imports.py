@@ -13,14 +13,20 @@ LEVELS = [
     {"memory", "models", "documents", "borders"},
     {"task"},
     {"bptt"},
-    {"optim", "checkpoint", "statefile", "generate", "tuning", "parallel", "report", "plan", "evals"},
+    {"optim", "checkpoint", "statefile", "generate", "tuning", "parallel", "report", "evals", "devices", "ledger"},
+    {"costs"},
+    {"engines"},
+    {"plan"},
+    {"plantext"},
     {"weights", "chat"},
     {"training", "data", "run", "convert", "commands"},
+    {"planning"},
+    {"check"},
     {"recipe"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-LIGHTNING = {"training", "data", "run", "recipe", "strategies"}
+LIGHTNING = {"training", "data", "run", "recipe", "strategies", "launch", "watch"}
 # The package's own __init__ gathers the public names from these levels.
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -52,3 +52,21 @@ def test_two_ranks_equal_one(tmp_path, arch):
         assert [x["step"] for x in last] == [x["step"] for x in one][first:]
         for x, y in zip(last, one[first:]):
             assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["wavefront", pytest.param("scan", marks=pytest.mark.slow)])
+def test_ranks_that_share_a_document(tmp_path, schedule):
+    project = make_project(tmp_path / "project")
+    over_time = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--parallel.time", "2")
+    one = fit(project, "one", "--data.validation", "1")
+    two = fit(project, "two", "--data.validation", "1", *over_time, "--parallel.schedule", schedule)
+    first = len(one) - 2
+    resume = ("--data.validation", "1", "--resume", f"runs/two/checkpoints/step-{first}")
+    for ours, theirs in ((two, one), (fit(project, "alone", *resume), one[first:])):
+        for key in ("step", "tokens", "documents"):
+            assert [x[key] for x in ours] == [x[key] for x in theirs]
+        assert [x["loss"] for x in ours] == pytest.approx([x["loss"] for x in theirs], rel=1e-4)
+        assert [x["grad_norm"] for x in ours] == pytest.approx([x["grad_norm"] for x in theirs], rel=1e-3)
+    held = [(project / "runs" / name / "validation.jsonl").read_text() for name in ("one", "two")]
+    a, b = (json.loads(x.splitlines()[0])["loss"] for x in held)
+    assert b == pytest.approx(a, rel=1e-4)

@@ -32,8 +32,8 @@ def compiled(form: str, x: Tensor, size: int, headed: bool = True) -> bool:
     """
     if form not in ("auto", "plain", "compiled"):
         raise ValueError(f"form {form!r} is not known; choose one of: auto, plain, compiled")
-    # Of no tokens there is nothing to compile, and a pointer to none says that an argument is not there.
-    return form == "compiled" or (form == "auto" and x.numel() > 0 and _fits(x.device.type, x.dtype, size, headed))
+    # A pointer to no tokens says that an argument is not there.
+    return x.numel() > 0 and (form == "compiled" or (form == "auto" and _fits(x.device.type, x.dtype, size, headed)))
 
 
 @torch.compiler.assume_constant_result

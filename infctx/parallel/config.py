@@ -11,14 +11,18 @@ class ParallelConfig:
     Args:
         time: ranks that share the lanes of each window; the number of ranks must be a multiple of it.
         schedule: wavefront: whole segments go to these ranks in turn; scan: each segment is split over them.
+        timeout: seconds that the ranks wait for one that is silent or stands still before they end, naming it.
     """
 
     time: int = 1
     schedule: Literal["wavefront", "scan"] = "wavefront"
+    timeout: int = 1800
 
     def __post_init__(self) -> None:
         if self.time < 1:
             raise ValueError(f"parallel.time must be at least 1 rank, got {self.time}")
+        if self.timeout < 1:
+            raise ValueError(f"parallel.timeout must be at least 1 second, got {self.timeout}")
 
     def lane_groups(self, ranks: int) -> int:
         """How many groups of ranks have lanes of their own. Raises: ValueError if the ranks cannot be divided so."""

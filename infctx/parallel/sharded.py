@@ -19,7 +19,7 @@ from torch import Tensor
 from infctx.borders import Borders
 from infctx.bptt import Gradient, Runner, _seeded
 from infctx.loss import IGNORED, token_losses
-from infctx.state import BlockState, KeyMemory, State, pack, select
+from infctx.state import BlockState, KeyMemory, State, pack, select, unpack
 from infctx.task import Task
 
 
@@ -159,11 +159,18 @@ class SegmentGradient(Gradient):
         return (self.task.loss(segment, x, s), after) if loss else (after,)
 
     def _nothing(self) -> tuple[Tensor, ...]:
-        """A token that nothing is learnt from, after which nothing is carried on."""
+        """A token that nothing is learnt from, after which nothing is carried on.
+
+        Its state has a gradient as that of a true segment has: engines count on the same steps backwards on all ranks.
+        """
         task, device = self.task, self.fresh.device
+        memory = task.like.memory and KeyMemory(*(x.detach() for x in task.like.memory[:3]))
+        if memory is not None:
+            memory.keys.requires_grad_()
+        state = unpack(self.fresh.detach().requires_grad_(), task.like, memory)
         tokens = torch.zeros(1, 1, dtype=torch.long, device=device)
         borders = torch.tensor([0, 1], dtype=torch.int32, device=device)
-        x, after = task.model.features(tokens, task.like, borders)
+        x, after = task.model.features(tokens, state, borders)
         targets = torch.full((1,), IGNORED, device=device)
         loss, _ = token_losses(x.squeeze(0), task.model.head.weight, targets, task.l2_penalty)
         return (loss, pack(after)) if after.memory is None else (loss, pack(after), after.memory.added)
