@@ -51,6 +51,8 @@ RECIPE_COMMANDS = {
     "fit": "Train by a recipe: -c recipe.yaml, and any of its keys as an option.",
     "validate": "Print the loss over held-out documents.",
     "prepare": "Tokenise the documents of a recipe.",
+    "plan": "Forecast memory and time by a recipe, for each strategy and number of ranks.",
+    "check": "Dry-run a recipe for N ranks on this machine.",
 }
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,

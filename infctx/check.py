@@ -1,0 +1,133 @@
+"""The command `check`: a dry run of a recipe for N ranks on one machine, which prepares and trains nothing."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+
+from infctx.borders import StatesConfig
+from infctx.bptt import Runner, run_alone, window_loss
+from infctx.config import ModelConfig
+from infctx.engines import STRATEGIES
+from infctx.models.rwkv import init_model
+from infctx.ops.backends import choose
+from infctx.parallel.config import ParallelConfig
+from infctx.planning import model_config, opened, parallel_of, require_model
+from infctx.segments import Window
+
+TINY_SEGMENTS, TINY_TOKENS = 3, 16
+
+
+def check_recipe(config: Any) -> None:
+    """Say what was checked, up to the first fault. Raises: ValueError that names it and the mend."""
+    ranks = config.ranks[0] if config.ranks else 1
+    if len(config.ranks) > 1 or ranks < 1:
+        raise ValueError(f"check --ranks takes one number of at least 1, got {config.ranks}")
+    parallel, states = parallel_of(config), StatesConfig(**config.states.as_dict())
+    model = _check_model(config)
+    _check_trainer(config.trainer, ranks, model, parallel)
+    loaders = _check_data(config, ranks, parallel, model)
+    for rank in range(ranks):
+        _tiny_step(model, config, parallel, states, loaders[rank].window(0), rank, ranks)
+    print(f"steps: a window of a tiny {model.arch}, forward and backward, as each of {ranks} ranks")
+    print("check: no fault found; not checked: memory (see infctx plan), speed, the network")
+
+
+def _check_model(config: Any) -> ModelConfig:
+    model = config.model
+    require_model(config)
+    if config.trainer.accelerator == "cpu":
+        choose(model.kernel, "cpu")
+    found = model_config(model)
+    print(f"model: {found.arch}, {found.n_layer} layers of {found.n_embd} channels, vocabulary of {found.vocab_size:,}")
+    return found
+
+
+def _check_trainer(trainer: Any, ranks: int, model: ModelConfig, parallel: ParallelConfig) -> None:
+    groups = parallel.lane_groups(ranks)
+    if str(trainer.devices).isdigit() and int(trainer.devices) * trainer.num_nodes != ranks:
+        there = f"trainer.devices {trainer.devices} on trainer.num_nodes {trainer.num_nodes}"
+        raise ValueError(f"{there} are not the {ranks} ranks of --ranks: set trainer.devices to {ranks}")
+    name = strategy_name(trainer.strategy, ranks)
+    if parallel.time > 1 and parallel.schedule == "wavefront" and STRATEGIES[name].weights:
+        raise ValueError(f"parallel.schedule wavefront does not go with {name}, whose ranks put weights together in "
+                         "step: choose zero2, or schedule scan")  # fmt: skip
+    if parallel.time > 1 and parallel.schedule == "scan" and model.n_gold:
+        raise ValueError("parallel.schedule scan: GoldFinch's attention needs all keys of a document: choose wavefront")
+    print(f"ranks: {ranks}, strategy {name}; {parallel.time} share a document, {groups} groups have lanes of their own")
+
+
+def strategy_name(strategy: Any, ranks: int) -> str:
+    """The name in recipes/strategy of what a recipe has. Raises: ValueError if it is none of them."""
+    if strategy in ("auto", "ddp", None):
+        return "ddp" if ranks > 1 or strategy == "ddp" else "single"
+    given: Any = strategy.as_dict() if hasattr(strategy, "as_dict") else {"class_path": str(strategy)}
+    kind, options = given["class_path"].rsplit(".", 1)[-1], given.get("init_args") or {}
+    offload = "-offload" if options.get("offload") else ""
+    name = {"ZeRO": f"zero{options.get('stage', 2)}{offload}", "FSDP2": "fsdp2", "DDPStrategy": "ddp"}.get(kind, kind)
+    if name not in STRATEGIES and name != "zero1-offload":
+        raise ValueError(f"trainer.strategy {name} is not supported: choose auto, ddp or a file of recipes/strategy")
+    return name if name in STRATEGIES else "zero1"
+
+
+def _check_data(config: Any, ranks: int, parallel: ParallelConfig, model: ModelConfig) -> list[Any]:
+    """The loaders of an epoch on every rank, which must have the same windows."""
+    trainer, data = config.trainer, opened(config.data)
+    need = data.tokenizer.vocab_size
+    if model.vocab_size < need:
+        raise ValueError(f"data.tokenizer has {need} ids, the model's vocab_size is {model.vocab_size}: "
+                         f"set model.init.vocab_size to {need}, or choose another tokenizer")  # fmt: skip
+    data.parallel, data.seed, loaders = parallel, int(config.seed_everything), []
+    for rank in range(ranks):
+        limit = 1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches
+        data.trainer = SimpleNamespace(  # type: ignore[assignment]
+            world_size=ranks, global_rank=rank, current_epoch=0, max_epochs=trainer.max_epochs,
+            max_steps=trainer.max_steps, accumulate_grad_batches=trainer.accumulate_grad_batches,
+            limit_train_batches=limit,
+        )  # fmt: skip
+        loaders.append(data.train_dataloader())
+    shapes = {(len(x), tuple(x.plan.borders), x.normaliser(0)) for x in loaders}
+    if len(shapes) != 1:
+        raise ValueError("data: the ranks would have different windows: run `infctx prepare` again on one machine")
+    steps, longest = data.total_steps(), int(np.diff(loaders[0].plan.borders).max()) // data.segment_length
+    print(data.describe(config.model.horizon))
+    print(f"windows: {len(loaders[0]):,} an epoch on every rank, up to {longest:,} segments; {steps:,} steps in all")
+    return loaders
+
+
+def _tiny_step(
+    model: ModelConfig, config: Any, parallel: ParallelConfig, states: StatesConfig, window: Window, rank: int,
+    ranks: int,
+) -> None:  # fmt: skip
+    """A window's beginning through a small model of the same architecture, as one rank of a group that is pretended."""
+    size = 1 if model.arch == "rwkv4" else 16
+    tiny = init_model(ModelConfig(model.arch, 2, 32, model.vocab_size, size), kernel=config.model.kernel)
+    parts = [None if x is None else x[:, :TINY_SEGMENTS, :TINY_TOKENS].contiguous() for x in window[:5]]
+    part = Window(parts[0], parts[1], parts[2], parts[3], parts[4], window.normaliser)  # type: ignore[arg-type]
+    horizon = config.model.horizon
+    if ranks == 1:
+        window_loss(tiny, part, None, horizon, part.normaliser, states=states)[0].backward()
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        runner = _runner(parallel)
+        window_loss(tiny, part, None, horizon, part.normaliser, states=states, runner=runner)[0].backward()
+        for p in tiny.parameters():
+            if p.requires_grad:
+                dist.all_reduce(p.grad)
+    finally:
+        dist.destroy_process_group()
+
+
+def _runner(parallel: ParallelConfig) -> Runner:
+    if parallel.time == 1:
+        return run_alone
+    from infctx.parallel.scan import Scan
+    from infctx.parallel.wavefront import Wavefront
+
+    first = dist.get_rank() // parallel.time * parallel.time
+    group = dist.new_group(list(range(first, first + parallel.time)))
+    return Wavefront(group) if parallel.schedule == "wavefront" else Scan(group)
