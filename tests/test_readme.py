@@ -3,6 +3,8 @@
 import io
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ import yaml
 from tiny import run
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OVERLAYS = sorted((ROOT / "recipes" / "strategy").glob("*.yaml"))  # run by test_strategies
 # What makes any recipe a matter of seconds.
 TINY = ["--model.init.n_layer=1", "--model.init.n_embd=32", "--model.init.head_size=16", "--data.segment_length=16"]
 TINY += ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false"]
@@ -24,8 +27,8 @@ def commands():
 
 
 def test_recipes_were_found():
-    assert RECIPES
-    for recipe in RECIPES:
+    assert RECIPES and OVERLAYS
+    for recipe in RECIPES + OVERLAYS:
         assert recipe.read_text().startswith("#"), f"{recipe}: a header says what it does, needs and measured"
 
 
@@ -53,6 +56,9 @@ def test_readme_commands_run(tmp_path, monkeypatch):
             if "--model.load" in " ".join(words):
                 quick = [x for x in quick if "init" not in x]
             monkeypatch.setattr("sys.stdin", io.StringIO("Hello.\nGo on.\n"))
+            if "--trainer.devices" in words:  # Lightning starts the other ranks as copies of this process
+                subprocess.run([sys.executable, "-m", "infctx", *words[1:], *quick], check=True, timeout=300)
+                continue
             try:
                 run(monkeypatch, *words[1:], *quick)
             except SystemExit as end:
@@ -61,7 +67,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         elif words[0] == "make":
             assert set(words[1:]) <= TARGETS, words
         else:
-            assert words[0] in ("git", "cd", "pip", "python"), f"no test runs {words}"
+            assert words[0] in ("git", "cd", "pip", "python", "torchrun"), f"no test runs {words}"
     assert {"fit", "validate", "prepare", "export", "generate", "report", "init", "convert", "chat"} <= seen
 
 
