@@ -103,5 +103,6 @@ def _quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("infctx").setLevel(logging.INFO)
     for message in (".*does not have many workers.*", ".*args parameter is intended.*", ".*smaller than the logging.*",
-                    ".*across ranks is zero.*", ".*treespec.*", ".*GPU available but not used.*"):  # fmt: skip
+                    ".*across ranks is zero.*", ".*treespec.*", ".*GPU available but not used.*",
+                    ".*all_gather.* is deprecated.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)

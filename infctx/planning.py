@@ -54,6 +54,8 @@ def _run_of(config: Any) -> Run:
     model, data, trainer = config.model, config.data, config.trainer
     require_model(config)
     device, parallel = find(config.device), parallel_of(config)
+    if model.kernel.split("-")[0] in {"cpu": ("cuda", "fla"), "cuda": ("cpu",)}[device.kind]:
+        raise ValueError(f"model.kernel {model.kernel} does not run on {device.name}: choose auto")
     documents = _documents(data, config.tokens)
     segments, tokens = _longest(documents, data, config)
     job = Job(

@@ -17,7 +17,8 @@ def heading(forecast: Forecast) -> list[str]:
     return [
         f"model: {c.arch}, {c.n_layer} layers of {c.n_embd} channels, {costs.parameters:,} parameters, "
         f"{costs.trained:,} of them trained",
-        f"window: {job.lanes} lanes x {job.segments:,} segments x {job.segment_length:,} tokens, {job.precision}; "
+        f"window: {job.lanes} lanes x {job.segments:,} segments x {job.segment_length:,} tokens, {job.precision}, "
+        f"kernel {job.kernel}{' (planned as cuda)' if job.kernel == 'fla' else ''}; "
         f"{costs.state:,} numbers in a lane's state",
         f"horizon: {exact}: {3 + forecast.job.forwards:.2f} forwards' worth of work, "
         f"{horizon_cost(forecast.job, costs):.2f} times that of horizon 1",

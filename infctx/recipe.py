@@ -51,7 +51,6 @@ class Trainer(pl.Trainer):
     ) -> None:
         """Tokenise the documents of a recipe into data.path, unless that is done."""
 
-
     def plan(
         self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None,
         device: str = "measured", ranks: list[int] = [], explain: bool = False, tokens: int | None = None,  # noqa: B006
