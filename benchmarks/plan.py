@@ -73,7 +73,7 @@ CASES = (
     Case("rwkv4", 6, 512, 1024, 3), Case("rwkv4", 6, 640, 512, 3, 4, B),
     Case("goldfinch", 6, 512, 512, 4), Case("goldfinch", 6, 512, 1024, 8), Case("goldfinch", 6, 384, 512, 6, 2, B),
     *(Case("rwkv7", 6, 512, 512, 4, strategy=x, ranks=2) for x in ("ddp", "zero1", "zero2", "zero3", "fsdp2")),
-    *(Case("rwkv6", 6, 512, 1024, 2, 1, B, strategy=x, ranks=2) for x in ("ddp", "zero2", "zero3", "fsdp2")),
+    *(Case("rwkv6", 6, 512, 1024, 2, 1, B, strategy=x, ranks=2) for x in ("ddp", "zero1", "zero2", "zero3", "fsdp2")),
 )  # fmt: skip
 
 HEAD = ["| configuration | planned, MB | measured, MB | ratio |", "|---" * 4 + "|"]

@@ -104,5 +104,5 @@ def _quiet() -> None:
     logging.getLogger("infctx").setLevel(logging.INFO)
     for message in (".*does not have many workers.*", ".*args parameter is intended.*", ".*smaller than the logging.*",
                     ".*across ranks is zero.*", ".*treespec.*", ".*GPU available but not used.*",
-                    ".*all_gather.* is deprecated.*"):  # fmt: skip
+                    ".*(all_gather|reduce_scatter).* is deprecated.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)

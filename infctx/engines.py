@@ -115,7 +115,7 @@ def _backward(cut: Cut, ranks: int, costs: Costs, e: int) -> Counter[str]:
         return frame
     q = costs.trained
     frame += Counter({k: v for k, v in seen.items() if k not in ("weights", "optimizer")})
-    frame["gradients"] += 4 * q // (ranks if cut.gradients else 1)
+    frame["gradients"] += 4 * q // (ranks if cut.gradients or e == 4 else 1)  # ZeRO-1 cuts them up too, in float32
     frame["engine"] = e * min(BUCKET, q)
     return frame
 

@@ -188,7 +188,8 @@ class CLI(LightningCLI):
         if not self.config.validate.data.validation:
             raise ValueError("data.validation is null: there is nothing to validate on")
         self.trainer.validate(**kwargs, verbose=False)
-        print(f"validation_loss: {float(self.trainer.callback_metrics['validation_loss']):.6f} nats per token")
+        if self.trainer.is_global_zero:
+            print(f"validation_loss: {float(self.trainer.callback_metrics['validation_loss']):.6f} nats per token")
 
 
 def _decide(config: Namespace) -> tuple[Path, Path | None]:
