@@ -10,8 +10,8 @@ from infctx.borders import StatesConfig
 from infctx.bptt import Runner, run_alone, window_loss
 from infctx.config import ModelConfig
 from infctx.engines import STRATEGIES
-from infctx.models.rwkv import init_model
-from infctx.ops.backends import choose
+from infctx.models.rwkv import RWKV, init_model
+from infctx.ops.backends import available, choose
 from infctx.parallel.config import ParallelConfig
 from infctx.planning import model_config, opened, parallel_of, require_model
 from infctx.segments import Window
@@ -28,8 +28,10 @@ def check_recipe(config: Any) -> None:
     model = _check_model(config)
     _check_trainer(config.trainer, ranks, model, parallel)
     loaders = _check_data(config, ranks, parallel, model)
+    size, kernel = 1 if model.arch == "rwkv4" else 16, config.model.kernel
+    tiny = init_model(ModelConfig(model.arch, 2, 32, model.vocab_size, size), kernel=_runs_here(kernel))
     for rank in range(ranks):
-        _tiny_step(model, config, parallel, states, loaders[rank].window(0), rank, ranks)
+        _tiny_step(tiny, config, parallel, states, loaders[rank].window(0), rank, ranks)
     print(f"steps: a window of a tiny {model.arch}, forward and backward, as each of {ranks} ranks")
     print("check: no fault found; not checked: memory (see infctx plan), speed, the network")
 
@@ -96,13 +98,15 @@ def _check_data(config: Any, ranks: int, parallel: ParallelConfig, model: ModelC
     return loaders
 
 
+def _runs_here(kernel: str) -> str:
+    """A dry run of a recipe for GPUs is made on a CPU."""
+    return kernel if kernel in available("cpu") else "auto"
+
+
 def _tiny_step(
-    model: ModelConfig, config: Any, parallel: ParallelConfig, states: StatesConfig, window: Window, rank: int,
-    ranks: int,
-) -> None:  # fmt: skip
+    tiny: RWKV, config: Any, parallel: ParallelConfig, states: StatesConfig, window: Window, rank: int, ranks: int
+) -> None:
     """A window's beginning through a small model of the same architecture, as one rank of a group that is pretended."""
-    size = 1 if model.arch == "rwkv4" else 16
-    tiny = init_model(ModelConfig(model.arch, 2, 32, model.vocab_size, size), kernel=config.model.kernel)
     parts = [None if x is None else x[:, :TINY_SEGMENTS, :TINY_TOKENS].contiguous() for x in window[:5]]
     part = Window(parts[0], parts[1], parts[2], parts[3], parts[4], window.normaliser)  # type: ignore[arg-type]
     horizon = config.model.horizon
