@@ -90,7 +90,14 @@ def _kept(cut: Cut, ranks: int, costs: Costs, e: int) -> Counter[str]:
     frame = Counter(weights=weight * costs.parameters // shared, optimizer=8 * q // ranks)
     if cut.engine == "deepspeed":
         frame["masters"] = 4 * q // ranks
+    if _whole_sums(cut, e):
+        frame["gradients"] = 4 * q
     return frame
+
+
+def _whole_sums(cut: Cut, e: int) -> bool:
+    """DeepSpeed's ZeRO-1 for bfloat16 has room for all gradients in float32; the one for float32 cuts them up."""
+    return cut.engine == "deepspeed" and not cut.gradients and e == 2
 
 
 def _window(cut: Cut, ranks: int, costs: Costs, e: int) -> Counter[str]:
@@ -115,14 +122,14 @@ def _backward(cut: Cut, ranks: int, costs: Costs, e: int) -> Counter[str]:
         return frame
     q = costs.trained
     frame += Counter({k: v for k, v in seen.items() if k not in ("weights", "optimizer")})
-    frame["gradients"] += 4 * q // (ranks if cut.gradients or e == 4 else 1)  # ZeRO-1 cuts them up too, in float32
+    frame["gradients"] += 0 if _whole_sums(cut, e) else 4 * q // ranks
     frame["engine"] = e * min(BUCKET, q)
     return frame
 
 
 def _step(cut: Cut, ranks: int, costs: Costs, e: int) -> Counter[str]:
     frame, piece = _kept(cut, ranks, costs, e), 4 * costs.trained // ranks
-    frame["gradients"] = 2 * piece  # as summed, and as the optimizer takes it
+    frame["gradients"] += 2 * piece  # as summed, and as the optimizer takes it
     frame["engine"] = 2 * piece  # the optimizer's intermediate values
     frame["window"] = costs.phases["step"]["window"]
     return frame
