@@ -155,10 +155,11 @@ class FolderCheckpoints(CheckpointIO):
     """Lightning's checkpoint as a verified folder, with the weights in a file of their own."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write it whole or not at all."""
+        """Write it whole or not at all. Args: storage_options: {"together": True} if each rank has a part of it."""
         state = checkpoint.pop("state_dict")
         weights = {name.removeprefix(PREFIX): x for name, x in state.items()}
-        save_checkpoint(path, weights, checkpoint, {"step": checkpoint["global_step"], "torch": torch.__version__})
+        facts = {"step": checkpoint["global_step"], "torch": torch.__version__}
+        save_checkpoint(path, weights, checkpoint, facts, **(storage_options or {}))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Verify it and read it; nothing but tensors and plain values is ever read."""

@@ -16,10 +16,12 @@ from infctx.models.rwkv import init_model
 from infctx.ops.backends import choose, require_known
 from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
 from infctx.parallel.config import ParallelConfig
+from infctx.parallel.cut import Cut
+from infctx.parallel.fsdp2 import FSDP2
 from infctx.parallel.scan import Scan
 from infctx.parallel.sharded import Outline
-from infctx.parallel.strategies import FSDP2, Cut, ZeRO
 from infctx.parallel.wavefront import Wavefront
+from infctx.parallel.zero import ZeRO
 from infctx.segments import Window
 from infctx.state import KeyMemory, State, join, pack, select, unpack
 from infctx.weights import load_model

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infctx.checkpoint import MANIFEST, WEIGHTS, newest, sync, verify
+from infctx.checkpoint import MANIFEST, newest, sync, verify, weight_files
 from infctx.config import ModelConfig
 from infctx.layouts import Weights, check_hf_config, hf_config, to_layout, to_published
 from infctx.models.rwkv import RWKV
@@ -121,6 +121,7 @@ def _files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file")
     if (path / MANIFEST).is_file():
         verify(path)
+        return weight_files(path)
     if (path / "config.json").is_file():
         check_hf_config(path / "config.json")
     for name in _HF_FILES:
@@ -134,7 +135,7 @@ def _files(path: Path) -> list[Path]:
             return [path / name]
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"{path}: no weights there: neither {' nor '.join(_HF_FILES)}, nor checkpoints of a run")
-    return [newest(path) / WEIGHTS]
+    return weight_files(newest(path))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny import RECIPE, make_project, relative, run, tiny_model, worst
 
 import infctx
+from infctx.checkpoint import load_checkpoint, verify
 
 HERE = Path(__file__).parent
 OVERLAYS = HERE.parent / "recipes" / "strategy"
@@ -28,9 +28,12 @@ WAYS = {
     "frozen": ["--model.load", "rwkv6.pth", "--model.horizon", "2", "--data.validation", "3",
                "--trainer.val_check_interval", "2"],
     "bf16": ["--model.load", "rwkv7.pth", "--trainer.precision", "bf16-mixed"],
+    "shared": ["--model.load", "rwkv7.pth", "--trainer.accumulate_grad_batches", "2"],
 }  # fmt: skip
 # Which go on from which others' checkpoints.
 GOES_ON = [("zero2", "zero3"), ("zero3-offload", "fsdp2"), ("fsdp2", "zero1"), ("one", "zero2-offload")]
+# How ranks that share their lanes run a window.
+SCHEDULES = {"zero1": "wavefront", "zero2": "wavefront", "zero3": "scan", "fsdp2": "scan"}
 BY_WAY = {"documents": STRATEGIES, "frozen": ["zero2", "zero3", "fsdp2"], "bf16": ["zero1", "zero2", "zero3", "fsdp2"]}
 
 
@@ -39,6 +42,11 @@ def strategy(name):
     if name.startswith("zero3"):  # or DeepSpeed would keep all weights of so small a model whole
         options.append('--trainer.strategy.init_args.options={"stage3_param_persistence_threshold": 0}')
     return options
+
+
+def shared(name, lanes):
+    return [*strategy(name), *STEPS, *WAYS["shared"], "--parallel.time", "2", "--parallel.schedule", SCHEDULES[name],
+            "--data.batch_size", str(lanes)]  # fmt: skip
 
 
 def fit(project, ranks, cases, timeout=300):
@@ -78,8 +86,7 @@ def rows(project, name):
 
 
 def checkpoint(project, name, step):
-    folder = project / "runs" / name / "checkpoints" / f"step-{step}"
-    return load_file(folder / "model.safetensors"), torch.load(folder / "training.pt", weights_only=True)
+    return load_checkpoint(project / "runs" / name / "checkpoints" / f"step-{step}")
 
 
 def first_gradient(project, name):
@@ -96,7 +103,12 @@ def test_two_ranks_equal_one(tmp_path, monkeypatch):
     for after, name in GOES_ON:
         resume = ["--resume", f"runs/{after}-documents/checkpoints/step-2"]
         cases[f"{name}-after-{after}"] = [*strategy(name), *STEPS, *WAYS["documents"], *resume]
+    cases |= {f"{name}-shared": shared(name, 2) for name in SCHEDULES}
     fit(project, 2, cases)
+    for name in SCHEDULES:
+        same_steps(project, name, "shared")
+    for name in STRATEGIES:
+        halves(project / "runs" / f"{name}-documents" / "checkpoints" / "step-5")
     for way in ("documents", "frozen"):
         for name in BY_WAY[way]:
             same_steps(project, name, way)
@@ -130,6 +142,15 @@ def same_steps(project, name, way):
     (ours, _), (theirs, _) = (checkpoint(project, f"{x}-{way}", 5) for x in (name, "one"))
     assert ours.keys() == theirs.keys()
     assert worst([ours[k] for k in theirs], list(theirs.values())) <= 1e-5, (name, way)
+
+
+def halves(folder):
+    sizes = {name: fact["bytes"] for name, fact in verify(folder)["files"].items()}
+    assert set(sizes) == {f"{kind}-0000{rank}-of-00002.{end}" for rank in (1, 2)
+                          for kind, end in (("model", "safetensors"), ("training", "pt"))}  # fmt: skip
+    for pair in ("model", "training"):
+        one, other = (size for name, size in sizes.items() if name.startswith(pair))
+        assert 0.8 < one / other < 1.25, (folder, sizes)
 
 
 def same_validation(project, name, way):
@@ -178,16 +199,24 @@ def test_lightnings_own_engines_are_refused(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_four_ranks_equal_one(tmp_path):
     folder = project_at(tmp_path / "project")
-    ways = {"documents": WAYS["documents"], "frozen": WAYS["frozen"]}
+    ways = {way: WAYS[way] for way in ("documents", "frozen", "shared")}
     four = ["--trainer.devices", "4", "--data.batch_size", "1"]
     fit(folder, 1, {f"one-{way}": [*STEPS, *options, "--data.batch_size", "4"] for way, options in ways.items()})
     cases = {
         f"{name}-{way}": [*strategy(name), *STEPS, *options, *four]
         for (way, options), name in itertools.product(ways.items(), ("zero2", "zero3", "fsdp2"))
+        if way != "shared"
     }
+    cases |= {f"{name}-shared": [*shared(name, 2), "--trainer.devices", "4"] for name in ("zero2", "zero3", "fsdp2")}
     fit(folder, 4, cases)
     for way, name in itertools.product(ways, ("zero2", "zero3", "fsdp2")):
         same_steps(folder, name, way)
+    after = ["--resume", "runs/zero3-documents/checkpoints/step-2"]
+    for ranks, name, lanes in ((1, "one", 4), (2, "fsdp2", 2), (2, "zero2", 2)):
+        options = [] if name == "one" else strategy(name)
+        case = [*options, *STEPS, *WAYS["documents"], *after, "--data.batch_size", str(lanes)]
+        fit(folder, ranks, {f"{name}-after-four": case})
+        goes_on_as_one(folder, f"{name}-after-four")
 
 
 @pytest.mark.slow

@@ -34,24 +34,23 @@ class EngineState:
         """A whole float32 weight."""
         return self.utils.safe_get_full_fp32_param(p)
 
-    def moments(self) -> dict[str, Any]:
-        """As torch's `Optimizer.state_dict`; a rank other than the first has numbers only, and no moments."""
-        base, state, groups = self.optimizer.optimizer, dict[int, dict[str, Tensor]](), []
+    def moments(self, own: list[bool]) -> dict[str, Any]:
+        """As torch's `Optimizer.state_dict`, with the moments of those weights only that are this rank's own."""
+        base, state, groups, count = self.optimizer.optimizer, dict[int, dict[str, Tensor]](), [], 0
         step = next(iter(base.state.values()))["step"]
         self._link()
         for given, params in zip(base.param_groups, self.groups, strict=True):
-            numbers = list(range(len(state), len(state) + len(params)))
-            groups.append({**_options(given), "params": numbers})
-            for i, p in zip(numbers, params, strict=True):
-                state[i] = {"step": step.clone()}
+            groups.append({**_options(given), "params": list(range(count, count + len(params)))})
+            for i, p in enumerate(params, count):
                 for key in MOMENTS:  # one whole tensor at a time on the device
                     x = self.utils.safe_get_full_optimizer_state(p, key)
-                    if self.rank == 0:
-                        state[i][key] = x.cpu()
+                    if own[i]:
+                        state.setdefault(i, {"step": step.clone()})[key] = x.cpu()
+            count += len(params)
         return {"state": state, "param_groups": groups}
 
     def load(self, saved: dict[str, Any]) -> None:
-        """Take this rank's pieces of what `moments` gave on the first one."""
+        """Take this rank's pieces of what `moments` gave on all ranks together."""
         base = self.optimizer.optimizer
         for group, given in zip(base.param_groups, saved["param_groups"], strict=True):
             group.update(_options(given))

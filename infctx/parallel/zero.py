@@ -1,132 +1,19 @@
-"""Lightning's strategies for the engines that cut up what is trained: DeepSpeed's ZeRO and FSDP2, on GPUs and on CPUs.
-
-The engine knows single micro-steps, Lightning counts the accumulated windows: so a short last group makes a step too.
-Weights are loaded before they are cut up: they are those that one rank would have. Checkpoints hold whole tensors in
-the layout of one rank, and any strategy goes on from them on any number of ranks.
-"""
+"""Lightning's strategy for DeepSpeed's ZeRO, on GPUs and on CPUs."""
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from infctx.bptt import Runner, run_alone
+from infctx.bptt import run_alone
+from infctx.parallel.cut import Cut
 from infctx.parallel.enginestate import EngineState
-from infctx.parallel.pieces import cut_like, cut_model, whole
-from infctx.parallel.sharded import Outline, runner
-
-
-class Cut:
-    """What Lightning and the module ask of a strategy that cuts up what is trained."""
-
-    restore_checkpoint_after_setup = False
-    lightning_restore_optimizer = True
-    runner: Runner
-    in_pieces: bool  # the weights are, or only what is kept about them
-    lightning_module: Any
-
-    def outline(self, model: Any) -> Outline | None:
-        """Of a model whose weights will be in pieces."""
-        return Outline(model, self.root_device) if self.in_pieces else None  # type: ignore[attr-defined]
-
-    def block_backward_sync(self) -> Any:
-        """Nothing: the strategy itself knows which windows are accumulated."""
-        return nullcontext()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """The first rank writes it: it has whole tensors."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)  # type: ignore[arg-type]
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank reads it."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)  # type: ignore[arg-type]
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Into the weights, which are whole yet."""
-        Strategy.load_model_state_dict(self, checkpoint, strict)  # type: ignore[arg-type]
-
-
-class FSDP2(Cut, ModelParallelStrategy):
-    """Weights, gradients and moments in pieces, by torch itself: one layer at a time is whole.
-
-    Under bf16-mixed layers are put together and computed in bfloat16; gradients are summed over the ranks in float32.
-    """
-
-    in_pieces = True
-
-    def __init__(self) -> None:
-        super().__init__(data_parallel_size=1, tensor_parallel_size=1)
-        self.runner = runner(self)
-
-    @property
-    def ranks(self) -> int:
-        """By which the engine divides gradients."""
-        return self.world_size
-
-    def setup_environment(self) -> None:
-        """All ranks cut up one model."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
-        super().setup_environment()
-
-    def setup(self, trainer: pl.Trainer) -> None:
-        """Without the hook of the module that Lightning asks for: the model is cut up here."""
-        Strategy.setup(self, trainer)
-
-    def model_to_device(self) -> None:
-        """Layer by layer, when they are cut up."""
-
-    def _setup_model(self, model: Any) -> Any:
-        low = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
-        cut_model(model.model, self.device_mesh["data_parallel"], low)
-        return model
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Without autocast, which would keep whole copies of all weights. Gradients of the step before go first."""
-        assert self.lightning_module is not None
-        if args[1] % self.lightning_module.trainer.accumulate_grad_batches == 0:
-            for optimizer in self.optimizers:
-                optimizer.zero_grad()
-        return self.lightning_module.training_step(*args, **kwargs)
-
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Without autocast, as training."""
-        return self.lightning_module.validation_step(*args, **kwargs)
-
-    def forward(self, part: Callable[..., Any], *args: Any) -> Any:
-        """See `sharded.Engine`."""
-        return part(*args)
-
-    def backward_segment(self, total: Tensor) -> None:
-        """See `sharded.Engine`."""
-        total.backward()
-
-    def last(self) -> None:
-        """See `sharded.Engine`."""
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on the first rank."""
-        state = self.lightning_module.state_dict()
-        return {name: x for name, p in state.items() if (x := whole(p, self.is_global_zero)) is not None}
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole moments on the first rank."""
-        given: dict[str, Any] = Strategy.optimizer_state(self, optimizer)
-        state = {i: {key: whole(x, self.is_global_zero) for key, x in own.items()} for i, own in given["state"].items()}
-        return {**given, "state": state}
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """The moments, of which each rank takes its pieces."""
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            state = {i: {key: cut_like(x, params[i]) for key, x in own.items()} for i, own in saved["state"].items()}
-            optimizer.load_state_dict({**saved, "state": state})
+from infctx.parallel.sharded import runner
 
 
 class ZeRO(Cut, DeepSpeedStrategy):
@@ -164,11 +51,6 @@ class ZeRO(Cut, DeepSpeedStrategy):
     def engine(self) -> Any:
         """DeepSpeed's."""
         return self.model
-
-    @property
-    def ranks(self) -> int:
-        """By which the engine divides gradients."""
-        return self.world_size
 
     @property
     def root_device(self) -> torch.device:
@@ -289,20 +171,21 @@ class ZeRO(Cut, DeepSpeedStrategy):
         self.engine.set_gradient_accumulation_boundary(self._done)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole float32 weights on the first rank."""
+        """Whole float32 weights, each on the rank that owns it."""
         from deepspeed import zero
 
         state = {}
-        for name, p in self.lightning_module.named_parameters():
+        named = dict(self.lightning_module.named_parameters())
+        for (name, p), mine in zip(named.items(), self.own(named.values()), strict=True):
             with zero.GatheredParameters([p], enabled=self.in_pieces and not p.requires_grad):
                 x = self.state.weight(p) if p.requires_grad else p
-                if self.is_global_zero:
+                if mine:
                     state[name] = x.detach().float().cpu().clone()
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole moments on the first rank."""
-        return self.state.moments()
+        """Whole moments, each on the rank that owns the weight."""
+        return self.state.moments(self.own(self.state.parameters()))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """The moments, of which each rank takes its pieces."""
