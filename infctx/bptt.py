@@ -42,7 +42,7 @@ def window_loss(
 
     Args:
         model: has `features`, `head` and `initial_state`, as `models.rwkv.RWKV` has.
-        window: the tokens of B lanes.
+        window: the tokens of B lanes, on the CPU.
         state: what the previous window left in the lanes (B rows); None: the model's initial state.
         horizon: segments the gradient reaches back: it is cut at the borders horizon, 2 horizon, ... of the window;
             None: at none of them.
@@ -70,7 +70,7 @@ def window_loss(
         carried = select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device)).memory
     memory = None if carried is None else WindowMemory(window, carried, computing_dtype(carried.keys))
     horizon = horizon or window.tokens.shape[1]
-    metrics = Metrics.zeros(window)
+    metrics = Metrics.zeros(window, lanes.device)
     task = Task(model, window, like, horizon, normaliser, l2_penalty, metrics, memory, states, state is not None)
     loss, lanes = (runner or run_alone)(task, lanes, carried and carried.keys, fresh)
     return loss, metrics._asdict(), unpack(lanes, like, None if memory is None else memory.after())

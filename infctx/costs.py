@@ -29,7 +29,7 @@ from infctx.state import pack
 
 Phases = dict[str, Counter[str]]
 FIXED = ("borders", "window")  # kinds whose growth is known
-WINDOW_BYTES = {"cpu": 8 + 8 + 8 + 4 + 1, "cuda": 8 + 8 + 8}  # of a token; ids and starts stay on the host
+WINDOW_BYTES = 8 + 8 + 8 + 4 + 1  # of a token: itself, target, position, id, start
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def measure(job: Job) -> Costs:
             grown["activations"] += (after - before) * more // (counts[-1] - counts[0])
         if name in ("window", "forward"):
             grown["borders"] += rows * job.lanes * last.state * 4
-        grown["window"] += more * job.lanes * job.segment_length * WINDOW_BYTES[job.device]
+        grown["window"] += more * job.lanes * job.segment_length * WINDOW_BYTES
     return last._replace(phases=phases)
 
 

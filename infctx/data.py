@@ -104,9 +104,8 @@ class DocumentData(pl.LightningDataModule):
         return WindowLoader(held_out, lambda _: plan, self._own(), 1, 0, {})
 
     def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
-        """What the layout of sequences is computed from stays on the CPU, where it is read."""
-        moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("tokens", "targets", "position")}
-        return batch._replace(**moved)
+        """Windows stay on the host: each segment goes to the device when it is run."""
+        return batch
 
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""

@@ -70,7 +70,7 @@ def phases_on(cut: Cut, ranks: int, costs: Costs, job: Job) -> Phases:
         found = {name: f(cut, ranks, costs, e) for name, f in made.items()}
     for frame in found.values():
         if job.device == "cuda":
-            frame["host"] = _take(frame, HOST) if cut.offload else 0
+            frame["host"] = _take(frame, ("window", *(HOST if cut.offload else ())))
             frame["host"] += _take(frame, ("weights",)) if cut.offload and cut.weights else 0
             if job.states.offload == "cpu":
                 row = 4 * job.lanes * costs.state

@@ -82,7 +82,7 @@ def _memory(job: Job, costs: Costs) -> list[str]:
         f"border states: {keep} of 4 B D = 4 x {job.lanes} x {d:,} = {job.border_rows * 4 * job.lanes * d:,} bytes",
         f"logits: a tile of {costs.tile:,} in float32 = {4 * costs.tile:,} bytes, some copies of it at a time",
         "activations: every tensor that one segment makes, counted by running it on tensors without contents",
-        f"window: tokens, targets and positions of {job.lanes} x {job.segments:,} x {job.segment_length:,} places",
+        f"window: 29 bytes of a token: {job.lanes} x {job.segments:,} x {job.segment_length:,} of them, on the host",
     ]
 
 

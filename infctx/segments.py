@@ -38,7 +38,7 @@ class Documents(Protocol):
 
 
 class Window(NamedTuple):
-    """What is trained on at once."""
+    """What is trained on at once, on the CPU whatever device trains."""
 
     tokens: Tensor  # (B, S, T) int64
     targets: Tensor  # (B, S, T) int64, -100 where nothing is to be learnt
@@ -59,11 +59,17 @@ class Sequences(NamedTuple):
     fresh: Tensor  # (N,) bool, whether it begins a document
     last: Tensor  # (B,) the last sequence of each lane; N + b where lane b has no token here
 
+    def to(self, device: torch.device) -> "Sequences":
+        """On another device."""
+        return Sequences(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
+
 
 def sequences(window: Window, segment: int) -> Sequences:
-    """Lay a segment's lanes end to end: a sequence begins where a lane does and where a document does."""
-    # On the CPU, where the loader left them: nothing waits for the device.
-    real, start = window.ids[:, segment].cpu() >= 0, window.start[:, segment].cpu().flatten()
+    """Lay a segment's lanes end to end: a sequence begins where a lane does and where a document does.
+
+    On the CPU, where windows are: nothing waits for a device.
+    """
+    real, start = window.ids[:, segment] >= 0, window.start[:, segment].flatten()
     lanes, length = real.shape
     index = real.flatten().nonzero().squeeze(1)
     lane = index // length
@@ -73,12 +79,9 @@ def sequences(window: Window, segment: int) -> Sequences:
     n = len(begin)
     cu_seqlens = torch.cat([begin, torch.tensor([len(index)])]).int()
     last = (n + torch.arange(lanes)).scatter_reduce(0, lane[begin], torch.arange(n), "amax", include_self=False)
-    device = window.tokens.device
-    where = index.to(device)
-    tokens, targets = (x[:, segment].flatten()[where] for x in (window.tokens, window.targets))
-    position = None if window.position is None else window.position[:, segment].flatten()[where]
-    few = (x.to(device) for x in (cu_seqlens, lane[begin], start[index[begin]], last))
-    return Sequences(tokens.unsqueeze(0), targets, position, *few)
+    tokens, targets = (x[:, segment].flatten()[index] for x in (window.tokens, window.targets))
+    position = None if window.position is None else window.position[:, segment].flatten()[index]
+    return Sequences(tokens.unsqueeze(0), targets, position, cu_seqlens, lane[begin], start[index[begin]], last)
 
 
 class Piece(NamedTuple):

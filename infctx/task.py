@@ -27,11 +27,11 @@ class Metrics(NamedTuple):
     position_tokens: Tensor
 
     @classmethod
-    def zeros(cls, window: Window) -> "Metrics":
-        """Nothing seen yet."""
+    def zeros(cls, window: Window, device: torch.device) -> "Metrics":
+        """Nothing seen yet, on the device that trains."""
         buckets = POSITION_BUCKETS if window.position is not None else 0
         sizes = ((), (), (window.tokens.shape[1],), (buckets,), (buckets,))
-        return cls(*(torch.zeros(size, dtype=torch.float64, device=window.tokens.device) for size in sizes))
+        return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
     def add(self, segment: int, sequence: Sequences, losses: Tensor) -> None:
         """Count a segment. Args: losses (M,)."""
@@ -74,7 +74,7 @@ class Task(NamedTuple):
 
         Returns: features (M, C), its sequences, the lanes' states after it, the keys (M, R) added to the memory.
         """
-        s = sequences(self.window, segment)
+        s = sequences(self.window, segment).to(lanes.device)
         if not s.tokens.numel():
             return None, s, lanes, None
         rows = torch.where(s.fresh.unsqueeze(1), fresh, lanes[s.lane])

@@ -166,6 +166,17 @@ def test_strategies_cut_what_they_say():
     assert frame["borders"] == 2 * 4 * found.lanes * costs.state
 
 
+def test_a_longer_document_needs_no_more_of_a_gpu():
+    """With border states in the host's memory, where the window is."""
+    frames = []
+    for segments in (64, 1024):
+        longer = job(segments=segments, device="cuda", multiprocessors=132, states=StatesConfig(offload="cpu"))
+        frames.append(phases_on(STRATEGIES["single"], 1, measure(longer), longer)["window"])
+    short, long = frames
+    assert long.total() - long["host"] == short.total() - short["host"]
+    assert 15 < long["host"] / short["host"] < 17
+
+
 def test_the_largest_that_fits_fits():
     found = job(lanes=1, length=128, segments=64, width=32, vocab=100)
     device = replace(DEVICES["h200"], kind="cpu", memory=20_000_000, reserve=0.0)

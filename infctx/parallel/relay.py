@@ -90,7 +90,7 @@ class Passage:
     def __init__(self, wave: Wave, segment: int, given: Tensor | None, onwards: bool) -> None:
         self.wave, self.segment, self.onwards = wave, segment, onwards
         self.given = None if given is None else given.split(wave.widths, 1)
-        self.s = sequences(wave.task.window, segment)
+        self.s = sequences(wave.task.window, segment).to(wave.fresh[0].device)
         self.came: list[Tensor] = []  # (B, D_l) of each layer
         self.left: list[Tensor] = []
 

@@ -57,7 +57,6 @@ class Part(Task):
     """A task of this rank: its own tokens of every segment."""
 
     line: Line
-    layout: Window
 
     @classmethod
     def of(cls, task: Task, line: Line) -> "Part":
@@ -69,8 +68,7 @@ class Part(Task):
         position = None if whole.position is None else whole.position[:, :, own]
         window = Window(tokens, targets, start, ids, position, whole.normaliser)
         part = cls(*task._replace(window=window))
-        ids, start = ids.cpu(), start.cpu()
-        part.line, part.layout = line, Window(ids, ids, start, ids)
+        part.line = line
         return part
 
     def empty(self, segment: int) -> bool:
@@ -81,8 +79,9 @@ class Part(Task):
         self, segment: int, lanes: Tensor, fresh: Tensor, past: KeyMemory | None
     ) -> tuple[Tensor | None, Sequences, Tensor, Tensor | None]:
         """As `Task.advance`; the lanes' states are those after all ranks' tokens."""
-        s = sequences(self.window, segment)
-        split = SplitSegment(self.line, s, sequences(self.layout, segment))
+        on_host = sequences(self.window, segment)
+        s = on_host.to(lanes.device)
+        split = SplitSegment(self.line, s, on_host)
         rows = torch.cat([fresh.expand(len(s.lane), -1), lanes])
         x, after = self.model.features(s.tokens, unpack(rows, self.like), split.cu_seqlens, split)
         return x.squeeze(0), s, pack(after)[len(s.lane) :], None
