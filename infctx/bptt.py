@@ -159,7 +159,7 @@ class Gradient:
             for i, segment in enumerate(segments):
                 if borders is not None:
                     borders[i] = lanes
-                with _seeded(self.seed + segment, lanes.device):
+                with self.drawing(segment):
                     _, _, lanes = self.task.advance_without_graph(segment, lanes, self.fresh)
         torch.clear_autocast_cache()  # casts made without a graph: pass 2 would silently learn nothing from them
         return lanes
@@ -172,7 +172,7 @@ class Gradient:
         sources = [before, self.fresh, *self.parameters]
         if past is not None:
             sources.append(past.keys.requires_grad_())
-        with _seeded(self.seed + segment, before.device):
+        with self.drawing(segment):
             x, s, after, added = self.task.advance(segment, before, self.fresh, past)
         if x is None:
             return g.new_zeros(()), before.detach().clone(), g  # not a view: the borders' buffer may go
@@ -188,17 +188,17 @@ class Gradient:
         self._add(grads)
         return loss.detach(), after.detach(), g
 
+    @contextmanager
+    def drawing(self, segment: int) -> Iterator[None]:
+        """Both passes of a segment draw the same dropout masks, at the cost of one number a window."""
+        device = self.fresh.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed + segment)
+            yield
+
     def _add(self, grads: list[Tensor]) -> None:
         if self.sums is None:
             # Copied: two inputs may be given one tensor. Widened: a sum of hundreds of bfloat16 terms stands still.
             self.sums = [x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in grads]
         else:
             torch._foreach_add_(self.sums, [x.to(y.dtype) for x, y in zip(grads, self.sums, strict=True)])
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Both passes of a segment draw the same dropout masks, at the cost of one number a window."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,7 +18,7 @@ from infctx.check import check_recipe
 from infctx.checkpoint import checkpoints, newest, verify
 from infctx.data import DocumentData
 from infctx.documents import Source
-from infctx.errors import ShortErrors, UserError
+from infctx.errors import ShortErrors, UserError, require_yaml
 from infctx.parallel.config import ParallelConfig
 from infctx.parallel.launch import cluster_plugins, decide_once, require_world
 from infctx.parallel.watch import Watch
@@ -220,22 +219,6 @@ def _decide(config: Namespace) -> tuple[Path, Path | None]:
     return folder, resume
 
 
-def _check_recipes(argv: list[str]) -> None:
-    """Name the file and the line that is no YAML, which the parser of options does not."""
-    flags = [i for i, x in enumerate(argv[:-1]) if x in ("-c", "--config")]
-    for file in [argv[i + 1] for i in flags] + [x.split("=", 1)[1] for x in argv if x.startswith("--config=")]:
-        try:
-            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            raise UserError(f"{file}{place}: no plain YAML: {getattr(error, 'problem', error)}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{file}: not UTF-8") from None
-        if not isinstance(recipe, dict):
-            raise UserError(f"{file}: a recipe is keys and values, found {type(recipe).__name__}")
-
-
 def _prepare(config: Namespace) -> None:
     options = config.as_dict()
     for key in ("source", "validation"):
@@ -248,7 +231,7 @@ def run_recipe(argv: list[str]) -> None:
     """Run a verb of RECIPE_COMMANDS. Raises: UserError and what the constructors raise."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # they set their own levels when imported
         logging.getLogger(name).setLevel(logging.WARNING)
-    _check_recipes(argv)
+    require_yaml(argv)
     try:
         _run(spell_out(argv) if argv[0] in ("plan", "check") else argv)
     except MisconfigurationException as error:

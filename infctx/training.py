@@ -12,6 +12,7 @@ from torch import Tensor
 from infctx.borders import StatesConfig
 from infctx.bptt import Runner, run_alone, window_loss
 from infctx.config import ModelConfig
+from infctx.lanes import Place
 from infctx.models.rwkv import init_model
 from infctx.ops.backends import choose, require_known
 from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
@@ -23,7 +24,7 @@ from infctx.parallel.sharded import Outline
 from infctx.parallel.wavefront import Wavefront
 from infctx.parallel.zero import ZeRO
 from infctx.segments import Window
-from infctx.state import KeyMemory, State, join, pack, select, unpack
+from infctx.state import State
 from infctx.weights import load_model
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ZeRO, FSDP2)  # exactly these: Lightning's own ZeRO would be wrong
@@ -181,18 +182,7 @@ class InfctxModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the lanes carry, the generators' states and the counts, of all ranks."""
-        lanes = None
-        if self.lanes is not None:
-            rows = self._gather(pack(self.lanes)).chunk(self.trainer.world_size)
-            lanes = torch.cat(rows[:: self.parallel.time])  # ranks that share lanes have the same
-        device = self.device.type == "cuda"
-        checkpoint["infctx"] = {
-            "lanes": lanes,
-            "memory": self._gather_memory(),
-            "rng": self._gather(torch.get_rng_state().unsqueeze(0)),
-            "cuda_rng": self._gather(torch.cuda.get_rng_state(self.device).unsqueeze(0)) if device else None,
-            "counts": dict(self.counts),
-        }
+        checkpoint["infctx"] = {**self._place.gather(self.lanes), "counts": dict(self.counts)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it until the run starts, when nothing draws random numbers any more."""
@@ -203,41 +193,13 @@ class InfctxModule(pl.LightningModule):
         if not self._resumed:
             return
         apply_config(self.optimizers(), self.lr_schedulers(), self.optimizer)
-        own, rank = self._resumed, self.trainer.global_rank
-        if own["lanes"] is not None:
-            rows = own["lanes"].chunk(self._groups)[rank // self.parallel.time].to(self.device)
-            self.lanes = unpack(rows, self.seen.initial_state(1), self._own_memory(own.get("memory"), len(rows)))
-        torch.set_rng_state(own["rng"][rank % len(own["rng"])].clone())  # torch crashes on a row of a matrix
-        if own["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda_rng"][rank % len(own["cuda_rng"])].clone(), self.device)
-        self.counts, self._resumed = dict(own["counts"]), {}
-
-    def _gather_memory(self) -> tuple[Tensor, ...] | None:
-        if self.lanes is None or self.lanes.memory is None:
-            return None
-        own = tuple(x.cpu() for x in self.lanes.memory[:3])
-        if self.trainer.world_size == 1:
-            return own
-        all_ranks: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(all_ranks, own)
-        return join([KeyMemory(*x) for x in all_ranks[:: self.parallel.time]])[:3]
-
-    def _own_memory(self, memory: tuple[Tensor, ...] | None, lanes: int) -> KeyMemory | None:
-        if memory is None:
-            return None
-        begin = self.trainer.global_rank // self.parallel.time * lanes
-        own = select(State((), KeyMemory(*memory)), torch.arange(begin, begin + lanes)).memory
-        return own and KeyMemory(*(x.to(self.device) for x in own[:3]))
+        self.lanes = self._place.lanes(self._resumed, self.seen.initial_state(1))
+        self._place.seed(self._resumed)
+        self.counts, self._resumed = dict(self._resumed["counts"]), {}
 
     @property
-    def _groups(self) -> int:
-        """Groups of ranks that share lanes."""
-        return self.parallel.lane_groups(self.trainer.world_size)
-
-    def _gather(self, rows: Tensor) -> Tensor:
-        if self.trainer.world_size == 1:
-            return rows.cpu()
-        return self.all_gather(rows.to(self.device)).flatten(0, 1).cpu()  # type: ignore[union-attr]
+    def _place(self) -> Place:
+        return Place(self.trainer.global_rank, self.trainer.world_size, self.parallel.time, self.device)
 
 
 def refuse_strategy(name: str) -> NoReturn:

@@ -10,7 +10,7 @@ LEVELS = [
     {"config", "world", "hf_tokenizer", "ops", "errors"},
     {"sizes"},
     {"tokenizer", "huggingface", "layouts", "state", "segments", "loss", "sampling"},
-    {"memory", "models", "documents", "borders"},
+    {"memory", "models", "documents", "borders", "lanes"},
     {"task"},
     {"bptt"},
     {"optim", "checkpoint", "statefile", "generate", "tuning", "parallel", "report", "evals", "devices", "ledger"},

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from infctx.borders import Borders
-from infctx.bptt import Gradient, Runner, _seeded
+from infctx.bptt import Gradient, Runner
 from infctx.loss import IGNORED, token_losses
 from infctx.state import BlockState, KeyMemory, State, pack, select, unpack
 from infctx.task import Task
@@ -111,7 +111,7 @@ class SegmentGradient(Gradient):
             for i, segment in enumerate(segments):
                 if borders is not None:
                     borders[i] = lanes
-                with _seeded(self.seed + segment, lanes.device):
+                with self.drawing(segment):
                     if self.task.empty(segment):
                         self.engine.forward(self._nothing)
                     else:
@@ -126,7 +126,7 @@ class SegmentGradient(Gradient):
             past.keys.requires_grad_()
         if segment == self.final:
             self.engine.last()
-        with _seeded(self.seed + segment, before.device):
+        with self.drawing(segment):
             part = self._nothing if empty else partial(self._with_graph, segment, before, past)
             loss, *results = self.engine.forward(part)
         seeds = [torch.zeros_like(x) for x in results]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from infctx.borders import Borders
-from infctx.bptt import Gradient, WindowGradient, _seeded
+from infctx.bptt import Gradient, WindowGradient
 from infctx.parallel.relay import Passage, Tracked, Wave
 from infctx.parallel.ring import Ring
 from infctx.task import Task
@@ -144,7 +144,7 @@ class WaveGradient(Gradient):
             for segment in filter(self.ring.mine, segments):
                 given = self._known(segment)
                 passage = Passage(self.wave, segment, given, onwards=True)
-                with _seeded(self.seed + segment, self.before.device):
+                with self.drawing(segment):
                     passage.run()
                 if given is None and segment in keep:
                     self.kept.put(segment, torch.cat(passage.came, 1))
@@ -156,7 +156,7 @@ class WaveGradient(Gradient):
         wave, task = self.wave, self.task
         last = segment == wave.group[-1]
         passage = Tracked(wave, segment, self._known(segment), onwards=last and segment + 1 < wave.count)
-        with _seeded(self.seed + segment, self.before.device):
+        with self.drawing(segment):
             x = passage.run()
         if segment == wave.count - 1:
             self.after = torch.cat(passage.left, 1)
