@@ -1,5 +1,6 @@
 """Where the states at the borders of a window's segments lie between the passes over it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,9 +26,18 @@ class StatesConfig:
         if self.keep != "all" and not (self.keep.startswith("every-") and number.isdigit() and int(number) > 0):
             raise ValueError(f"states.keep must be all or every-N, such as every-16, got {self.keep!r}")
 
-    def block(self, segments: int) -> int:
-        """How many segments in a row have all their borders in memory at a time."""
-        return segments if self.keep == "all" else min(segments, int(self.keep.removeprefix("every-")))
+    def block(self, segments: int, ranks: int = 1) -> int:
+        """How many segments in a row have all their borders in memory at a time.
+
+        Args: ranks: to which segments go in turn: a number that shares no divisor with them, or all kept borders would
+            lie on some of the ranks.
+        """
+        if self.keep == "all":
+            return segments
+        every = int(self.keep.removeprefix("every-"))
+        while math.gcd(every, ranks) > 1:
+            every += 1
+        return min(segments, every)
 
 
 class Borders:

@@ -64,13 +64,13 @@ class Job:
     @property
     def border_rows(self) -> int:
         """States of all lanes in memory at a time: those kept, those between two kept ones, the one worked on."""
-        length = self.states.block(self.reach)
+        length = self.states.block(self.reach, self.time)
         return -(-(-(-self.reach // length) + length) // self.time) + 1
 
     @property
     def forwards(self) -> float:
         """Segments that pass 1 runs, over all of them: see `bptt.Gradient.window`."""
-        done, length = 0, self.states.block(self.reach)
+        done, length = 0, self.states.block(self.reach, self.time)
         for begin in range(0, self.segments, self.reach):
             group = min(self.reach, self.segments - begin)
             blocks = -(-group // length)

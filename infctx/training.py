@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -99,15 +100,10 @@ class InfctxModule(pl.LightningModule):
     def _over_time(self) -> Runner:
         """How the ranks that share lanes run a window. Raises: ValueError where they would wait for each other."""
         self.parallel.lane_groups(self.trainer.world_size)
-        if self.parallel.schedule == "wavefront" and self.outline is not None:
-            raise ValueError(
-                "parallel.schedule wavefront: its ranks are in different layers at a time, and zero3 and fsdp2 put "
-                "each layer together on all of them: choose parallel.schedule scan, or zero2"
-            )
-        if self.parallel.schedule == "scan" and self.model.config.n_gold:
-            raise ValueError("parallel.schedule scan: GoldFinch's attention needs all keys; choose wavefront")
-        group, _ = torch.distributed.new_subgroups(self.parallel.time)
-        return Wavefront(group) if self.parallel.schedule == "wavefront" else Scan(group, self.runner)
+        self.parallel.require(self.outline is not None, bool(self.model.config.n_gold))
+        wait = timedelta(seconds=self.parallel.timeout)
+        group, _ = torch.distributed.new_subgroups(self.parallel.time, timeout=wait)
+        return Wavefront(group, wait) if self.parallel.schedule == "wavefront" else Scan(group, self.runner)
 
     @property
     def seen(self) -> Any:

@@ -1,31 +1,19 @@
 """The scan schedule: segments split over ranks give the loss, the states and the gradients of one rank."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import run_ranks
 from scan_ranks import RANKS, cases_of
 from tiny import Carried, random_state, relative, tiny_model, worst
 
 from infctx.state import pack
 
-SCRIPT = Path(__file__).with_name("scan_ranks.py")
 # Of all gradients as one vector, and of each: the decay of a preview sums up what cancels over the channels of a head.
 BOUNDS = {"float64": (1e-12, 1e-11), "float32": (1e-5, 1e-2)}
 
 
-def run_ranks(folder, chosen, limit):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(folder), chosen] for rank in range(RANKS)]
-    processes = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        assert [process.wait(limit) for process in processes] == [0] * RANKS
-    finally:
-        for process in processes:
-            process.kill()
+def results_of(folder, chosen, limit):
+    run_ranks("scan_ranks.py", RANKS, folder, folder, chosen, timeout=limit)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -63,7 +51,7 @@ def check(case, ours, alone):
 @pytest.mark.parametrize("chosen", ["some", *(pytest.param(x, marks=pytest.mark.slow) for x in ("all", "random"))])
 def test_ranks_equal_one(tmp_path, chosen):
     """Groups of 1, 2, 3 and 4 ranks. Random layouts have tokens, borders and padding anywhere: nothing may hang."""
-    ranks = run_ranks(tmp_path, chosen, 300 if chosen == "some" else 900)
+    ranks = results_of(tmp_path, chosen, 300 if chosen == "some" else 900)
     alone = {i: x for rank in ranks for i, x in rank["alone"].items()}
     for i, case in enumerate(cases_of(chosen)):
         members = [rank for rank in ranks if i in rank["ours"]]

@@ -2,15 +2,13 @@
 
 import itertools
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import RECIPE, make_project, relative, run, tiny_model, worst
 
 import infctx
@@ -54,23 +52,7 @@ def fit(project, ranks, cases, timeout=300):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1]) if ranks > 1 else "0"
-    command = [sys.executable, str(HERE / "strategy_ranks.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [(project / f"rank-{rank}.log").open("w") for rank in range(ranks)]
-    processes = [
-        subprocess.Popen([*command, str(rank), port, str(project), json.dumps(cases)], env=environment, stdout=log,
-                         stderr=subprocess.STDOUT, start_new_session=True)
-        for rank, log in enumerate(logs)
-    ]  # fmt: skip
-    try:
-        codes = [process.wait(timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    assert not any(codes), "\n".join((project / f"rank-{rank}.log").read_text()[-3000:] for rank in range(ranks))
+    run_ranks("strategy_ranks.py", ranks, project, port, project, json.dumps(cases), timeout=timeout)
 
 
 def project_at(folder, archs=("rwkv6", "rwkv7")):

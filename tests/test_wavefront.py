@@ -1,17 +1,15 @@
 """A window over R ranks gives what it gives on one: states, losses and their gradients to the bit."""
 
-import os
-import subprocess
-import sys
-from collections import defaultdict
-from pathlib import Path
+from collections import Counter, defaultdict
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import relative
 from wavefront_ranks import SEGMENTS, WINDOWS, Case, cases
 
-SCRIPT = Path(__file__).with_name("wavefront_ranks.py")
+from infctx.borders import StatesConfig
+
 RANKS = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 
 
@@ -19,16 +17,7 @@ RANKS = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 def ranks(request, tmp_path_factory):
     """What each rank got in each case, and what one rank gets alone."""
     size, folder = request.param, tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, SCRIPT, str(rank), str(size), str(folder)], env=environment)
-        for rank in range(size)
-    ]
-    try:
-        assert [process.wait(timeout=400) for process in processes] == [0] * size
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks("wavefront_ranks.py", size, folder, size, folder, timeout=400)
     saved = [torch.load(folder / f"{rank}.pt") for rank in range(size)]
     alone = {i: x for one in saved for i, x in one["alone"].items()}
     results = [(case, [x["ours"][i] for x in saved], alone[i]) for i, case in enumerate(cases(size))]
@@ -143,3 +132,10 @@ def test_a_rank_keeps_its_own_borders(ranks):
 def test_a_rank_that_ended_is_named(ranks):
     if ranks[0] == 2:
         assert "rank 1 sent nothing across the border before segment 2" in ranks[2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 64])
+def test_kept_states_are_on_all_ranks(size):
+    length = StatesConfig("every-16").block(4096, size)
+    kept = Counter(segment % size for segment in range(0, 4096, length))
+    assert 16 <= length < 20 and len(kept) == size and max(kept.values()) - min(kept.values()) <= 1

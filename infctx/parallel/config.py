@@ -24,6 +24,20 @@ class ParallelConfig:
         if self.timeout < 1:
             raise ValueError(f"parallel.timeout must be at least 1 second, got {self.timeout}")
 
+    def require(self, in_pieces: bool, remembers: bool) -> None:
+        """Refuse what the ranks that share lanes cannot do.
+
+        Args: in_pieces: the weights are cut up over ranks. remembers: the model has GoldFinch's attention.
+        Raises: ValueError.
+        """
+        if self.time > 1 and self.schedule == "wavefront" and in_pieces:
+            raise ValueError(
+                "parallel.schedule wavefront: its ranks are in different layers at a time, and zero3 and fsdp2 put "
+                "each layer together on all of them: choose parallel.schedule scan, or zero2"
+            )
+        if self.time > 1 and self.schedule == "scan" and remembers:
+            raise ValueError("parallel.schedule scan: GoldFinch's attention needs all keys; choose wavefront")
+
     def lane_groups(self, ranks: int) -> int:
         """How many groups of ranks have lanes of their own. Raises: ValueError if the ranks cannot be divided so."""
         if ranks % self.time:

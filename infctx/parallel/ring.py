@@ -27,7 +27,7 @@ def forth(group: range, border: int) -> Way:
 
 
 class Ring:
-    """Messages between neighbours, in the order in which they were sent; nothing waits for a message to be taken.
+    """Messages between neighbours, in the order in which they were sent; once they have met, no sender waits.
 
     Every rank of the group makes one, at the same place of its program. Each way across a border has communicators of
     its own, and so has the way from the last rank to the first: what waits in one never stands before what another
@@ -48,12 +48,30 @@ class Ring:
             for closing in (False, True)
             if self.size > 1
         }
+        self.met = self.size == 1
         self.sent: dict[tuple[Way, int], tuple[dist.Work, Tensor]] = {}
         self.own: dict[tuple[Way, int], Tensor] = {}  # a rank alone is its own neighbour
 
     def mine(self, segment: int) -> bool:
         """Whether this rank runs a segment."""
         return segment % self.size == self.rank
+
+    def connect(self, like: Tensor) -> None:
+        """Meet the neighbours: NCCL has the first message between two ranks wait until both are there.
+
+        Called by all ranks before they send. Args: like: on the device that messages come from.
+        """
+        if self.met:
+            return
+        steps = [(a, a + 1) for a in range(self.size - 1)]
+        for (way, closing), channel in self.channels.items():
+            pairs = [(self.size - 1, 0)] if closing else steps
+            for a, b in pairs if way != "backwards" else [(b, a) for a, b in reversed(pairs)]:
+                if self.rank == a:
+                    dist.send(like.new_zeros(1), self.ranks[b], group=channel)
+                elif self.rank == b:
+                    dist.recv(like.new_zeros(1), self.ranks[a], group=channel)
+        self.met = True
 
     def send(self, way: Way, border: int, tag: int, x: Tensor) -> None:
         """Send x across a border; it must not be written to any more."""

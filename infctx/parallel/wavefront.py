@@ -35,8 +35,8 @@ class Wavefront:
     counts its own segments), and the gradients of the parameters and of the fresh state, also where the lanes begin
     with it: an engine that averages gradients over W ranks needs the loss times W.
 
-    A rank keeps the states at the borders before its own segments only. With `states.keep: every-N` and N a multiple
-    of R, the kept states are all on one rank.
+    A rank keeps the states at the borders before its own segments only. With `states.keep: every-N` N grows to a number
+    that shares no divisor with R: the kept states are then on all ranks.
 
     Args:
         group: the ranks, in the order of their segments; None: all there are.
@@ -48,6 +48,7 @@ class Wavefront:
 
     def __call__(self, task: Task, lanes: Tensor, keys: Tensor | None, fresh: Tensor) -> tuple[Tensor, Tensor]:
         """Run a window: see `bptt.Runner`."""
+        self.ring.connect(lanes)
         if not torch.is_grad_enabled():
             return self._forward_only(task, lanes, fresh)
         wanted = task.carried and lanes.requires_grad, keys is not None and keys.requires_grad
@@ -109,7 +110,7 @@ class WaveGradient(Gradient):
         self.before, self.after, total = lanes, lanes, lanes.new_zeros(())
         self.lanes, memory = torch.zeros_like(lanes), self.task.memory
         horizon = min(self.task.horizon, self.wave.count)
-        length = self.task.states.block(horizon)
+        length = self.task.states.block(horizon, self.ring.size)
         room = self._room(horizon, length)
         self.kept = Kept(Borders(room, lanes, self.task.states), room)
         for begin in range(0, self.wave.count, horizon):
