@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from infctx.borders import StatesConfig
@@ -13,7 +14,8 @@ from infctx.engines import STRATEGIES
 from infctx.models.rwkv import RWKV, init_model
 from infctx.ops.backends import available, choose
 from infctx.parallel.config import ParallelConfig
-from infctx.planning import model_config, opened, parallel_of, require_model
+from infctx.planning import model_config, opened, parallel_of, require_sound, strategy_name
+from infctx.plantext import count
 from infctx.segments import Window
 
 TINY_SEGMENTS, TINY_TOKENS = 3, 16
@@ -22,8 +24,8 @@ TINY_SEGMENTS, TINY_TOKENS = 3, 16
 def check_recipe(config: Any) -> None:
     """Say what was checked, up to the first fault. Raises: ValueError that names it and the mend."""
     ranks = config.ranks[0] if config.ranks else 1
-    if len(config.ranks) > 1 or ranks < 1:
-        raise ValueError(f"check --ranks takes one number of at least 1, got {config.ranks}")
+    if len(config.ranks) > 1:
+        raise ValueError(f"check --ranks takes one number of ranks, got {config.ranks}")
     parallel, states = parallel_of(config), StatesConfig(**config.states.as_dict())
     model = _check_model(config)
     _check_trainer(config.trainer, ranks, model, parallel)
@@ -32,13 +34,13 @@ def check_recipe(config: Any) -> None:
     tiny = init_model(ModelConfig(model.arch, 2, 32, model.vocab_size, size), kernel=_runs_here(kernel))
     for rank in range(ranks):
         _tiny_step(tiny, config, parallel, states, loaders[rank].window(0), rank, ranks)
-    print(f"steps: a window of a tiny {model.arch}, forward and backward, as each of {ranks} ranks")
+    print(f"steps: a window of a tiny {model.arch}, forward and backward, as each of {count(ranks, 'rank')}")
     print("check: no fault found; not checked: memory (see infctx plan), speed, the network")
 
 
 def _check_model(config: Any) -> ModelConfig:
     model = config.model
-    require_model(config)
+    require_sound(config)
     if config.trainer.accelerator == "cpu":
         choose(model.kernel, "cpu")
     found = model_config(model)
@@ -52,25 +54,9 @@ def _check_trainer(trainer: Any, ranks: int, model: ModelConfig, parallel: Paral
         there = f"trainer.devices {trainer.devices} on trainer.num_nodes {trainer.num_nodes}"
         raise ValueError(f"{there} are not the {ranks} ranks of --ranks: set trainer.devices to {ranks}")
     name = strategy_name(trainer.strategy, ranks)
-    if parallel.time > 1 and parallel.schedule == "wavefront" and STRATEGIES[name].weights:
-        raise ValueError(f"parallel.schedule wavefront does not go with {name}, whose ranks put weights together in "
-                         "step: choose zero2, or schedule scan")  # fmt: skip
-    if parallel.time > 1 and parallel.schedule == "scan" and model.n_gold:
-        raise ValueError("parallel.schedule scan: GoldFinch's attention needs all keys of a document: choose wavefront")
-    print(f"ranks: {ranks}, strategy {name}; {parallel.time} share a document, {groups} groups have lanes of their own")
-
-
-def strategy_name(strategy: Any, ranks: int) -> str:
-    """The name in recipes/strategy of what a recipe has. Raises: ValueError if it is none of them."""
-    if strategy in ("auto", "ddp", None):
-        return "ddp" if ranks > 1 or strategy == "ddp" else "single"
-    given: Any = strategy.as_dict() if hasattr(strategy, "as_dict") else {"class_path": str(strategy)}
-    kind, options = given["class_path"].rsplit(".", 1)[-1], given.get("init_args") or {}
-    offload = "-offload" if options.get("offload") else ""
-    name = {"ZeRO": f"zero{options.get('stage', 2)}{offload}", "FSDP2": "fsdp2", "DDPStrategy": "ddp"}.get(kind, kind)
-    if name not in STRATEGIES and name != "zero1-offload":
-        raise ValueError(f"trainer.strategy {name} is not supported: choose auto, ddp or a file of recipes/strategy")
-    return name if name in STRATEGIES else "zero1"
+    parallel.require(STRATEGIES[name].weights, bool(model.n_gold))
+    print(f"ranks: {ranks}, strategy {name}; {parallel.time} share a document, "
+          f"{count(groups, 'group')} with lanes of their own")  # fmt: skip
 
 
 def _check_data(config: Any, ranks: int, parallel: ParallelConfig, model: ModelConfig) -> list[Any]:
@@ -92,6 +78,8 @@ def _check_data(config: Any, ranks: int, parallel: ParallelConfig, model: ModelC
     shapes = {(len(x), tuple(x.plan.borders), x.normaliser(0)) for x in loaders}
     if len(shapes) != 1:
         raise ValueError("data: the ranks would have different windows: run `infctx prepare` again on one machine")
+    if not len(loaders[0]):
+        raise ValueError(f"trainer.limit_train_batches {trainer.limit_train_batches} leaves no window of an epoch")
     steps, longest = data.total_steps(), int(np.diff(loaders[0].plan.borders).max()) // data.segment_length
     print(data.describe(config.model.horizon))
     print(f"windows: {len(loaders[0]):,} an epoch on every rank, up to {longest:,} segments; {steps:,} steps in all")
@@ -107,8 +95,8 @@ def _tiny_step(
     tiny: RWKV, config: Any, parallel: ParallelConfig, states: StatesConfig, window: Window, rank: int, ranks: int
 ) -> None:
     """A window's beginning through a small model of the same architecture, as one rank of a group that is pretended."""
-    parts = [None if x is None else x[:, :TINY_SEGMENTS, :TINY_TOKENS].contiguous() for x in window[:5]]
-    part = Window(parts[0], parts[1], parts[2], parts[3], parts[4], window.normaliser)  # type: ignore[arg-type]
+    tensors: dict[str, Any] = {name: x for name, x in window._asdict().items() if isinstance(x, torch.Tensor)}
+    part = window._replace(**{k: x[:, :TINY_SEGMENTS, :TINY_TOKENS].contiguous() for k, x in tensors.items()})
     horizon = config.model.horizon
     if ranks == 1:
         window_loss(tiny, part, None, horizon, part.normaliser, states=states)[0].backward()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -86,9 +87,21 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
-        lines = [line for line in str(error).splitlines() if line.strip()][:4] or [type(error).__name__]
+        lines = _shortened(str(error)) or [type(error).__name__]
         print(f"infctx: error: {lines[0]}", *lines[1:], sep="\n", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _shortened(message: str) -> list[str]:
+    """At most four lines; of the parser's many about one key, the key and what is wrong with it."""
+    key = re.search(r'Parser key "([^"]+)"', message)
+    if key is None or "Union subtypes" not in message:
+        return [line for line in message.splitlines() if line.strip()][:4]
+    reasons = re.split(r"^\s*- ", message.split("Errors:")[-1].split("Given value type:")[0], flags=re.MULTILINE)
+    reasons = [" ".join(x.split()) for x in reasons if x.strip() and "NoneType" not in x]
+    plain = re.sub(r"<class '([^']+)'>", r"\1", reasons[-1] if reasons else message.splitlines()[-1].strip())
+    plain = re.sub(r'Parser key "([^"]+)":', r"\1:", plain)
+    return [f"{key[1]}: {plain.replace('typing.', '')}"]
 
 
 def _overview() -> str:

@@ -1,13 +1,13 @@
 """What a training step keeps in memory: the step itself, run in a `Ledger`; no formula stands for an architecture.
 
-The compiled kernels are asked for their sizes and not called. A window of few segments is run, and what grows with
-their number is added. L layers, C channels, B lanes, S segments of T tokens, D numbers in a state.
+The compiled kernels are asked for their sizes and not called. A window of few segments through few layers is run, and
+what grows with their number is added. L layers, C channels, B lanes, S segments of T tokens, D numbers in a state.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from infctx.borders import StatesConfig
 from infctx.bptt import Gradient, WindowGradient, window_loss
-from infctx.config import ModelConfig
-from infctx.ledger import Ledger
+from infctx.job import Job
+from infctx.ledger import Ledger, Made
 from infctx.loss import TILE
 from infctx.models.gold import TILE as ATTENTION_TILE
 from infctx.models.rwkv import RWKV
@@ -28,60 +27,16 @@ from infctx.segments import Window
 from infctx.state import pack
 
 Phases = dict[str, Counter[str]]
+Places = dict[tuple[str, str], Counter[str]]
+LAYERS = (3, 4)  # run, where more are alike
 FIXED = ("borders", "window")  # kinds whose growth is known
 WINDOW_BYTES = 8 + 8 + 8 + 4 + 1  # of a token: itself, target, position, id, start
 
 
-@dataclass(frozen=True)
-class Job:
-    """What the memory of a step depends on.
-
-    Args:
-        config: sizes of the model. lanes: B. segment_length: T. segments: S of the longest window.
-        horizon, states: as the recipe has them.
-        precision: fp32; bf16-mixed: float32 weights under autocast; bf16: weights in bfloat16.
-        kernel: backend of the recurrence. device: cuda or cpu. multiprocessors: of the device, 0 for a CPU.
-        time: ranks among which the segments of a window are dealt out.
-    """
-
-    config: ModelConfig
-    lanes: int
-    segment_length: int
-    segments: int
-    horizon: int | None = None
-    states: StatesConfig = StatesConfig()  # noqa: RUF009 (frozen)
-    precision: str = "fp32"
-    kernel: str = "auto"
-    device: str = "cpu"
-    multiprocessors: int = 0
-    time: int = 1
-
-    @property
-    def reach(self) -> int:
-        """Segments under one gradient."""
-        return min(self.horizon or self.segments, self.segments)
-
-    @property
-    def border_rows(self) -> int:
-        """States of all lanes in memory at a time: those kept, those between two kept ones, the one worked on."""
-        length = self.states.block(self.reach, self.time)
-        return -(-(-(-self.reach // length) + length) // self.time) + 1
-
-    @property
-    def forwards(self) -> float:
-        """Segments that pass 1 runs, over all of them: see `bptt.Gradient.window`."""
-        done, length = 0, self.states.block(self.reach, self.time)
-        for begin in range(0, self.segments, self.reach):
-            group = min(self.reach, self.segments - begin)
-            blocks = -(-group // length)
-            done += (blocks - 1) * length + group - blocks
-        return done / self.segments
-
-
 class Costs(NamedTuple):
-    """Bytes by kind at the peak of each phase of a step, and the numbers that they come from."""
+    """Bytes by kind at the peaks of a step, and the numbers that they come from."""
 
-    phases: Phases  # window, forward (what of it runs with a graph), backward, step
+    places: Places  # by phase, and by the place in the model where it is
     parameters: int
     trained: int
     multiplied: int  # of the parameters, those that each token is multiplied with
@@ -90,29 +45,90 @@ class Costs(NamedTuple):
     state: int  # D
     tile: int  # logits in memory at a time
 
+    @property
+    def phases(self) -> Phases:
+        """The peak of each phase: window, forward (what of it runs with a graph), backward, step."""
+        tops: Phases = {}
+        for (phase, _), frame in self.places.items():
+            if phase not in tops or frame.total() > tops[phase].total():
+                tops[phase] = frame
+        return tops
 
-def measure(job: Job) -> Costs:
-    """The costs of a step. Raises: ValueError as the model and its kernels do."""
-    tile = -(-ATTENTION_TILE // job.segment_length)  # segments after which attention's tiles are full
-    counts = sorted({min(job.segments, n) for n in ((tile + 2, tile + 5) if job.config.n_gold else (2,))})
-    simulated = [_simulate(replace(job, segments=n)) for n in counts]
-    first, last = simulated[0], simulated[-1]
+    def at_peaks(self) -> "Costs":
+        """Without the places where no phase has its peak."""
+        return self._replace(places={(phase, ""): frame for phase, frame in self.phases.items()})
+
+
+def along(a: Costs, b: Costs, x: float) -> Costs:
+    """Costs where b is at 1 and a at 0, place by place: at one place, they are on a line. The peak's place may move."""
+    places = {
+        at: Counter(
+            {kind: round(frame[kind] + x * (b.places[at][kind] - frame[kind])) for kind in frame | b.places[at]}
+        )
+        for at, frame in a.places.items()
+        if at in b.places
+    }
+    return Costs(places, *(round(p + x * (q - p)) for p, q in zip(a[1:], b[1:], strict=True)))
+
+
+class Sample(NamedTuple):
+    """Costs of windows of few segments: of as many as `few` says."""
+
+    segments: tuple[int, ...]
+    costs: tuple[Costs, ...]
+
+
+def few(job: Job) -> tuple[int, ...]:
+    """How many segments to run: one number, or two if more than `FIXED` grows with them."""
+    tiles = -(-ATTENTION_TILE // job.segment_length)  # segments after which attention's tiles are full
+    counts = (tiles + 2, tiles + 5) if job.config.n_gold else (2,)
+    return tuple(sorted({min(job.segments, n) for n in counts}))
+
+
+def sample(job: Job, made: Made | None = None) -> Sample:
+    """Run windows of few segments.
+
+    Args: made: filled with what operations made, for other samples in the same precision.
+    Raises: ValueError as the model and its kernels do.
+    """
+    known: Made = {} if made is None else made
+    return Sample(few(job), tuple(_all_layers(replace(job, segments=n), known) for n in few(job)))
+
+
+def line(a: Sample, b: Sample, x: float) -> Sample:
+    """As `along`."""
+    return Sample(a.segments, tuple(along(*pair, x) for pair in zip(a.costs, b.costs, strict=True)))
+
+
+def measure(job: Job, given: Sample | None = None) -> Costs:
+    """The costs of a step. Args: given: what `sample` makes of the job. Raises: ValueError as `sample` does."""
+    counts, costs = given or sample(job)
+    last, found = costs[-1], costs[-1]
+    if len(counts) > 1:  # each token leaves a key, and later segments read them all
+        found = along(costs[0], last, (job.segments - counts[0]) / (counts[-1] - counts[0]))
     more, rows = job.segments - counts[-1], job.border_rows - replace(job, segments=counts[-1]).border_rows
-    phases = {}
-    for name, seen in last.phases.items():
-        phases[name] = grown = Counter(seen)
-        if len(counts) > 1:  # each token leaves a key, and later segments read them all
-            before, after = (sum(v for k, v in x.phases[name].items() if k not in FIXED) for x in (first, last))
-            grown["activations"] += (after - before) * more // (counts[-1] - counts[0])
-        if name in ("window", "forward"):
+    places = {}
+    for (phase, place), frame in found.places.items():
+        places[phase, place] = grown = Counter(frame)
+        for kind in FIXED:
+            grown[kind] = last.places[phase, place][kind]
+        if phase in ("window", "forward"):
             grown["borders"] += rows * job.lanes * last.state * 4
         grown["window"] += more * job.lanes * job.segment_length * WINDOW_BYTES
-    return last._replace(phases=phases)
+    return found._replace(places=places)
 
 
-def _simulate(job: Job) -> Costs:
+def _all_layers(job: Job, made: Made) -> Costs:
+    """From few layers, if they are alike but for the first and the last; GoldFinch's, of two kinds, are all run."""
+    if job.config.n_gold or job.config.n_layer <= max(LAYERS):
+        return _simulate(job, made)
+    a, b = (_simulate(replace(job, config=replace(job.config, n_layer=n)), made) for n in LAYERS)
+    return along(a, b, (job.config.n_layer - LAYERS[0]) / (LAYERS[1] - LAYERS[0]))
+
+
+def _simulate(job: Job, made: Made) -> Costs:
     tile = torch.Size((min(TILE, job.lanes * job.segment_length), job.config.vocab_size))
-    ledger = Ledger(job.device, tile)
+    ledger = Ledger(job.device, tile, made)
     autocast: AbstractContextManager[Any] = nullcontext()
     if job.precision == "bf16-mixed":
         autocast = torch.autocast("cpu", torch.bfloat16)
@@ -120,6 +136,7 @@ def _simulate(job: Job) -> Costs:
     with planned_kernels(job.device, job.multiprocessors), ledger:
         with ledger.naming("weights"), _default(torch.bfloat16 if job.precision == "bf16" else torch.float32):
             model = RWKV(job.config, "cpu" if on_gpu else job.kernel)
+        _say_places(model, ledger)
         optimizer = _optimizer(model, ledger, job)
         with ledger.naming("window"):
             window = _window(job)
@@ -131,17 +148,37 @@ def _simulate(job: Job) -> Costs:
         with ledger.phase("step"), ledger.naming("optimizer"):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        return _numbers(model, ledger.phases, tile.numel())
+        return _numbers(model, ledger.frames, tile.numel())
 
 
-def _numbers(model: RWKV, phases: Phases, tile: int) -> Costs:
+def _say_places(model: RWKV, ledger: Ledger) -> None:
+    """Tell the ledger which layer is run, the same for the first two and the last, however many there are."""
+
+    def note(place: str) -> Any:
+        def hook(*_: Any) -> None:
+            ledger.place = place
+
+        return hook
+
+    def after(place: str, result: Any) -> None:
+        ledger.place = "head"
+        if result[0].grad_fn is not None:
+            result[0].grad_fn.register_prehook(note(f"{place}, backward"))
+
+    for i, block in enumerate(model.blocks):
+        place = f"layer {i if i < LAYERS[0] - 1 else i - len(model.blocks)}"
+        block.register_forward_pre_hook(note(place))
+        block.register_forward_hook(lambda _, __, result, place=place: after(place, result))
+
+
+def _numbers(model: RWKV, places: Places, tile: int) -> Costs:
     named = dict(model.named_parameters())
     sizes = [p.numel() for p in named.values()]
     trained = sum(p.numel() for p in named.values() if p.requires_grad)
     multiplied = sum(p.numel() for name, p in named.items() if p.squeeze().dim() > 1 and "emb" not in name)
     layer = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     state = pack(model.initial_state(1)).shape[1]
-    return Costs(phases, sum(sizes), trained, multiplied, max(sizes), layer, state, tile)
+    return Costs(places, sum(sizes), trained, multiplied, max(sizes), layer, state, tile)
 
 
 def _runner(ledger: Ledger) -> Any:
@@ -198,6 +235,7 @@ class _Traced(Gradient):
             return super().window(lanes)
 
     def _forward(self, *given: Any) -> Tensor:
+        self.ledger.place = "before a graph"
         with self.ledger.naming("activations"):
             return super()._forward(*given)
 
@@ -207,5 +245,6 @@ class _Traced(Gradient):
 
     def _add(self, grads: list[Tensor]) -> None:
         self.ledger.rename(grads, "segment gradients")
-        with self.ledger.naming("sums"):
+        self.ledger.place = "sums"
+        with self.ledger.naming("sums"), torch.no_grad():  # no part of what runs with a graph
             super()._add(grads)

@@ -78,12 +78,18 @@ DEVICES = {row[0]: _sheet(*row) for row in _SHEETS}
 
 
 def find(name: str) -> Device:
-    """A device of the table, or `measured`. Raises: ValueError if there is none of that name."""
-    if name == "measured":
-        return measured()
-    if name not in DEVICES:
-        raise ValueError(f"--device {name!r} is not known; choose one of: measured, {', '.join(DEVICES)}")
-    return DEVICES[name]
+    """A device of the table, or `measured`, in whatever case, with dashes or without.
+
+    Raises: ValueError if there is none of that name.
+    """
+    known = {_plain(x): x for x in ("measured", *DEVICES)}
+    if _plain(name) not in known:
+        raise ValueError(f"--device {name!r} is not known; choose one of: {', '.join(known.values())}")
+    return DEVICES[known[_plain(name)]] if known[_plain(name)] != "measured" else measured()
+
+
+def _plain(name: str) -> str:
+    return "".join(x for x in name.lower() if x.isalnum())
 
 
 def measured() -> Device:

@@ -7,7 +7,8 @@ benchmarks/plan.py as the single rank is; what stands for DeepSpeed's and FSDP's
 from collections import Counter
 from typing import NamedTuple
 
-from infctx.costs import Costs, Job, Phases
+from infctx.costs import Costs, Phases
+from infctx.job import Job
 
 GRADIENTS = ("gradients", "sums", "segment gradients")
 BUCKET = 500_000_000  # numbers in DeepSpeed's reduce_bucket_size, as the overlays leave it
@@ -139,3 +140,9 @@ def peak(phases: Phases) -> tuple[str, Counter[str]]:
     """The phase that needs most of the device, and its bytes by kind."""
     name = max(phases, key=lambda x: phases[x].total() - phases[x]["host"])
     return name, phases[name]
+
+
+def device_bytes(phases: Phases) -> int:
+    """What of the peak lies on the device."""
+    _, frame = peak(phases)
+    return frame.total() - frame["host"]

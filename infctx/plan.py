@@ -4,15 +4,22 @@ Memory is `costs.measure`, cut up by `engines`. Times are estimates: multiplicat
 device's rate in matrix products times an assumed utilisation, and bytes that ranks exchange over the link.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from infctx.costs import Costs, Job, Phases, measure
+from infctx.costs import Costs, Phases, Sample, few, line, measure, sample
 from infctx.devices import Device
-from infctx.engines import STRATEGIES, Cut, computed_in, peak, phases_on
+from infctx.engines import STRATEGIES, Cut, computed_in, device_bytes, phases_on
+from infctx.job import Job
+from infctx.ledger import Made
+from infctx.loss import TILE
 
-FAR = 4  # how much larger a segment or a window is tried out, to see what grows
+FAR = 4  # how much larger the largest size is that is run whatever a recipe's is, to see what others need
+FINE = 8  # sizes in an octave that are looked at
+MOST_LANES = 1 << 10  # that are looked at
+MANY = 1000  # segments: more than are run
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,16 @@ class Run:
     accumulate: int = 1
     epoch_tokens: int | None = None
 
+    @property
+    def whole_weights(self) -> bool:
+        """Whether strategies that cut up the weights are out: the ranks of a wavefront are in different layers."""
+        return self.time > 1 and not self.scan
+
+    @property
+    def share(self) -> int:
+        """Ranks among which each segment is split."""
+        return self.time if self.scan else 1
+
 
 class Row(NamedTuple):
     """A strategy on a number of ranks."""
@@ -41,6 +58,7 @@ class Row(NamedTuple):
     phases: Phases
     fits: bool
     step_seconds: float
+    tokens_per_second: float  # of all ranks
     epoch_seconds: float | None
     longest: int  # tokens of a segment that fit, with the lanes as they are; 0: none
     lanes: int  # that fit, with the segments as they are
@@ -48,77 +66,105 @@ class Row(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of the device, at the peak."""
-        _, frame = peak(self.phases)
-        return frame.total() - frame["host"]
+        return device_bytes(self.phases)
 
 
 class Forecast:
-    """The costs of a run, measured once for each precision that strategies compute in."""
+    """The costs of a run, measured once for each precision that strategies compute in and each size.
+
+    Attributes: own: what one rank does in a step: the run's job, with its share of each segment.
+    """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.found = run, dict[tuple[str, int, int], Costs]()
-        self.job = replace(run.job, time=1 if run.scan else run.time)
-        if run.scan:
-            self.job = replace(self.job, segment_length=-(-run.job.segment_length // run.time))
+        length = -(-run.job.segment_length // run.share)
+        self.run, self.own = run, replace(run.job, segment_length=length, time=run.time // run.share)
+        self.far = 2 if run.job.config.n_gold else FAR  # attention over many tiles takes long to run
+        self.samples = dict[tuple[object, ...], Sample]()
+        self.made = dict[str, Made]()
+        self.guessed = dict[tuple[object, ...], Costs]()
 
     def rows(self, ranks: list[int], names: list[str] | None = None) -> list[Row]:
         """All strategies that there are on these numbers of ranks."""
         cuts = [STRATEGIES[name] for name in names or STRATEGIES]
+        cuts = [cut for cut in cuts if not (cut.weights and self.run.whole_weights)]
         return [self.row(cut, n) for n in ranks for cut in cuts if (cut.name == "single") == (n == 1)]
 
     def row(self, cut: Cut, ranks: int) -> Row:
         """One of them."""
-        job = self.sized(cut)
-        phases = phases_on(cut, ranks, self.costs(job), job)
-        steps, tokens = self.step_seconds(cut, ranks), self.job.lanes * self.job.segments * self.run.job.segment_length
-        per_step = tokens * self.run.accumulate * ranks / self.run.time
-        epoch = None if self.run.epoch_tokens is None else steps * self.run.epoch_tokens / per_step
-        row = Row(cut, ranks, phases, False, steps, epoch, self.longest(cut, ranks), self.most_lanes(cut, ranks))
-        return row._replace(fits=row.bytes <= self.run.device.usable)
+        run, job = self.run, self.computed(cut)
+        phases, seconds = phases_on(cut, ranks, self.costs(job), job), self.step_seconds(cut, ranks)
+        fits = device_bytes(phases) <= run.device.usable
+        longest, lanes = self.longest(cut, ranks), self.most_lanes(cut, ranks)
+        if fits:  # the sizes that were looked at may jump over the recipe's
+            longest, lanes = max(longest, run.job.segment_length), max(lanes, job.lanes)
+        tokens = run.job.lanes * run.job.segments * run.job.segment_length * run.accumulate * ranks / run.time
+        epoch = None if run.epoch_tokens is None else seconds * run.epoch_tokens / tokens
+        return Row(cut, ranks, phases, fits, seconds, tokens / seconds, epoch, longest, lanes)
 
-    def sized(self, cut: Cut, times: int = 1, lanes: int = 1) -> Job:
-        """A step of this strategy with segments, or lanes, so many times as many."""
-        job = self.job
-        return replace(
-            job, precision=computed_in(cut, job.precision), lanes=job.lanes * lanes,
-            segment_length=job.segment_length * times, segments=-(-job.segments // times),
-        )  # fmt: skip
+    def computed(self, cut: Cut) -> Job:
+        """A rank's job in the precision that a strategy computes in."""
+        return replace(self.own, precision=computed_in(cut, self.own.precision))
 
     def costs(self, job: Job) -> Costs:
         """Measured, or as measured before."""
-        key = (job.precision, job.lanes, job.segment_length)
-        if key not in self.found:
-            self.found[key] = measure(job)
-        return self.found[key]
+        return measure(job, self.sample(job))
+
+    def sample(self, job: Job) -> Sample:
+        """Windows of few segments, run once. Args: job: the rank's own, in a precision and of a size."""
+        key = (job.precision, job.lanes, job.segment_length, few(job))
+        if key not in self.samples:
+            self.samples[key] = sample(job, self.made.setdefault(job.precision, {}))
+        return self.samples[key]
 
     def longest(self, cut: Cut, ranks: int) -> int:
-        """The largest segment length that fits; at most a whole window."""
-        whole, borders = self.job.segment_length * self.job.segments, 4 * self.job.lanes * self.costs(self.job).state
+        """The largest segment length that fits; at most a whole window. The same for all lengths that a recipe has."""
+        job, whole = self.computed(cut), self.own.segment_length * self.own.segments
+        known = (TILE // 2, TILE, self.far * TILE)
 
-        def bytes_at(length: int) -> int:
-            job = replace(self.job, segment_length=length, segments=-(-whole // length))
-            kept = 0 if self.job.device == "cuda" and job.states.offload == "cpu" else borders * job.border_rows
-            return kept + self._line(cut, ranks, self.sized(cut, FAR), length / self.job.segment_length, ("borders",))
+        def sized(length: int) -> Job:
+            return replace(job, segment_length=length, segments=-(-whole // length))
 
-        return _largest(bytes_at, whole, self.run.device.usable, 16)
+        return self._largest(cut, ranks, sized, [whole, *sizes_below(whole)], known) * self.run.share
 
     def most_lanes(self, cut: Cut, ranks: int) -> int:
         """The largest number of lanes that fit."""
-        far = self.sized(cut, lanes=FAR)
-        return _largest(
-            lambda n: self._line(cut, ranks, far, n / self.job.lanes), 1 << 20, self.run.device.usable, 1
-        )  # fmt: skip
+        job = self.computed(cut)
+        full = -(-TILE // job.segment_length)  # lanes that fill a tile of logits
+        run = sorted({1, full, self.far * full})
+        return self._largest(cut, ranks, lambda n: replace(job, lanes=n), sizes_below(MOST_LANES + 1, 1), tuple(run))
 
-    def _line(self, cut: Cut, ranks: int, far: Job, x: float, without: tuple[str, ...] = ()) -> int:
-        """Bytes at x times the size, on the line through those at once and FAR times."""
-        near = self.sized(cut)
-        ends = [phases_on(cut, ranks, self.costs(job), job) for job in (near, far)]
-        totals = [{k: _device(v, without) for k, v in phases.items()} for phases in ends]
-        return int(max(a + (totals[1][k] - a) * (x - 1) / (FAR - 1) for k, a in totals[0].items()))
+    def _largest(
+        self, cut: Cut, ranks: int, sized: Callable[[int], Job], sizes: list[int], known: tuple[int, ...]
+    ) -> int:
+        """The first of the sizes whose bytes are usable: as guessed from those that are known, then as measured.
+
+        GoldFinch's beyond those are not run: its attention goes over all positions, tile by tile.
+        """
+
+        def fits(costs: Costs, job: Job) -> bool:
+            return device_bytes(phases_on(cut, ranks, costs, job)) <= self.run.device.usable
+
+        for n in sizes:
+            job = sized(n)
+            run = not job.config.n_gold or n <= known[-1]
+            if fits(self._guess(sized, n, known), job) and (not run or fits(self.costs(job), job)):
+                return n
+        return 0
+
+    def _guess(self, sized: Callable[[int], Job], n: int, known: tuple[int, ...]) -> Costs:
+        """Costs on the line through the samples of the known sizes around n, or the next ones."""
+        job = sized(n)
+        key = (job.precision, job.lanes, job.segment_length, job.segments)
+        if key not in self.guessed:
+            i = min(max(bisect_right(known, n), 1), len(known) - 1)
+            below, above = (self.sample(replace(sized(k), segments=MANY)) for k in known[i - 1 : i + 1])
+            x = (n - known[i - 1]) / (known[i] - known[i - 1])
+            self.guessed[key] = measure(job, line(below, above, x)).at_peaks()
+        return self.guessed[key]
 
     def step_seconds(self, cut: Cut, ranks: int) -> float:
         """An optimizer step: its windows one after another, then what ranks exchange."""
-        job, device, costs = self.job, self.run.device, self.costs(self.sized(cut))
+        job, device, costs = self.own, self.run.device, self.costs(self.computed(cut))
         work = job.lanes * job.segments * job.segment_length * self.operations(costs) / job.time
         seconds = work / (device.rate("fp32" if job.precision == "fp32" else "bf16") * device.utilisation)
         e = 4 if job.precision == "fp32" else 2
@@ -129,8 +175,8 @@ class Forecast:
 
     def operations(self, costs: Costs) -> float:
         """Of a token in a window: three forwards' worth for the gradient, and those that pass 1 makes."""
-        forward, head = forward_operations(self.job, costs), 2 * self.job.config.n_embd * self.job.config.vocab_size
-        return 3 * forward + self.job.forwards * (forward - head)
+        forward, head = forward_operations(self.own, costs), 2 * self.own.config.n_embd * self.own.config.vocab_size
+        return 3 * forward + self.own.forwards * (forward - head)
 
 
 def forward_operations(job: Job, costs: Costs) -> float:
@@ -151,16 +197,10 @@ def horizon_cost(job: Job, costs: Costs) -> float:
     return (3 + body * (exact - 3)) / (3 + body * (short - 3))
 
 
-def _device(frame: dict[str, int], without: tuple[str, ...]) -> int:
-    return sum(size for kind, size in frame.items() if kind not in (*without, "host"))
-
-
-def _largest(bytes_at: Callable[[int], int], top: int, usable: int, step: int) -> int:
-    """The largest multiple of `step` up to `top` whose bytes are usable; `top` itself if all are; 0 if none is."""
-    if bytes_at(top) <= usable:
-        return top
-    low, high = 0, top // step + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if bytes_at(middle * step) <= usable else (low, middle)
-    return low * step
+def sizes_below(top: int, least: int = 16) -> list[int]:
+    """From large to small, multiples of the least one, and no nearer to each other than FINE in an octave."""
+    found, n = list[int](), least
+    while n < top:
+        found.append(n)
+        n += max(least, (1 << n.bit_length() - 1) // FINE)
+    return found[::-1]

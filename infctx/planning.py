@@ -1,48 +1,70 @@
 """The command `plan`: from a recipe to a forecast. What it reads of a recipe, `check` reads too."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from infctx.borders import StatesConfig
 from infctx.config import ModelConfig
-from infctx.costs import Job
 from infctx.data import DocumentData
 from infctx.devices import find
 from infctx.documents import Source
+from infctx.errors import UserError
+from infctx.job import Job, require_steps
 from infctx.ops.backends import require_known
+from infctx.optim import OptimizerConfig
 from infctx.parallel.config import ParallelConfig
 from infctx.plan import Forecast, Run
 from infctx.plantext import explain, heading, table
 from infctx.segments import Plan
-from infctx.training import refuse_precision
+from infctx.training import refuse_precision, refuse_strategy
 from infctx.weights import read_model
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+_UNPREPARED = "data.path {} holds no prepared data: run `infctx prepare`"
 PRECISIONS = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "bf16-true": "bf16"}
 
 
 def spell_out(argv: list[str]) -> list[str]:
-    """`--ranks 1 2 4` and `--explain` as the parser of recipes takes them: one value each."""
-    out: list[str] = []
-    for word in argv:
-        if out and out[-1].startswith("--ranks=[") and word.isdigit():
-            out[-1] = out[-1][:-1] + ("" if out[-1].endswith("[]") else ",") + word + "]"
+    """`--ranks 1 2 4` and `--explain` as the parser of recipes takes them: one value each. Raises: UserError."""
+    if not any(x.startswith(("-c", "--config", "--data.", "-h", "--help", "--print_config")) for x in argv):
+        raise UserError(f"{argv[0]}: give a recipe: infctx {argv[0]} -c recipe.yaml")
+    out, words = list[str](), list(argv)
+    while words:
+        word = words.pop(0)
+        if word.split("=")[0] == "--ranks":
+            given = word.split("=")[1:]
+            while "=" not in word and words and (words[0][0] != "-" or words[0][1:].isdigit()):
+                given.append(words.pop(0))
+            out.append(f"--ranks={_ranks(given)}")
+        elif word == "--explain":
+            value = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
+            out.append(f"--explain={value.lower()}")
         else:
-            out.append({"--ranks": "--ranks=[]", "--explain": "--explain=true"}.get(word, word))
+            out.append(word)
     return out
+
+
+def _ranks(given: list[str]) -> list[int]:
+    """Of `1 2 4`, `1,2,4` or `[1, 2, 4]`. Raises: UserError."""
+    numbers = " ".join(given).replace("[", " ").replace("]", " ").replace(",", " ").split()
+    if not numbers or not all(x.isdecimal() and int(x) > 0 for x in numbers):
+        raise UserError("--ranks takes whole numbers of at least 1: --ranks 1 2 4")
+    return [int(x) for x in numbers]
 
 
 def plan_recipe(config: Any) -> None:
     """Print what a recipe needs. Raises: ValueError naming the key that cannot be planned with."""
-    run, given = _run_of(config), config.ranks
-    if any(n < 1 for n in given):
-        raise ValueError(f"--ranks must be at least 1, got {given}")
-    every = given or sorted({n * run.time for n in (1, 2, 4, 8)})
+    run = _run_of(config)
+    every = config.ranks or sorted({n * run.time for n in (1, 2, 4, 8)})
     for n in every:
         parallel_of(config).lane_groups(n)
+        strategy_name(config.trainer.strategy, n)
     forecast = Forecast(run)
     rows = forecast.rows(every)
-    print("\n".join(heading(forecast) + [""] + table(rows) + (explain(forecast, rows) if config.explain else [])))
+    lines = [*heading(forecast), "", *table(rows, run.job.segment_length)]
+    print("\n".join(lines + (explain(forecast, rows) if config.explain else [])))
 
 
 def parallel_of(config: Any) -> ParallelConfig:
@@ -52,32 +74,55 @@ def parallel_of(config: Any) -> ParallelConfig:
 
 def _run_of(config: Any) -> Run:
     model, data, trainer = config.model, config.data, config.trainer
-    require_model(config)
-    device, parallel = find(config.device), parallel_of(config)
+    require_sound(config)
+    device, parallel, sizes = find(config.device), parallel_of(config), model_config(model)
+    parallel.require(False, bool(sizes.n_gold))
     if model.kernel.split("-")[0] in {"cpu": ("cuda", "fla"), "cuda": ("cpu",)}[device.kind]:
         raise ValueError(f"model.kernel {model.kernel} does not run on {device.name}: choose auto")
-    documents = _documents(data, config.tokens)
-    segments, tokens = _longest(documents, data, config)
+    segments, tokens = _longest_window(_documents(data, config.tokens), config)
     job = Job(
-        model_config(model), data.batch_size, data.segment_length, segments, model.horizon,
+        sizes, data.batch_size, data.segment_length, segments, model.horizon,
         StatesConfig(**config.states.as_dict()), PRECISIONS.get(str(trainer.precision), "fp32"), model.kernel,
         device.kind, device.multiprocessors,
     )  # fmt: skip
     return Run(job, device, parallel.time, parallel.schedule == "scan", trainer.accumulate_grad_batches, tokens)
 
 
-def require_model(config: Any) -> None:
-    """Raises: ValueError for a section `model` that no run could have."""
-    model, data = config.model, config.data
-    refuse_precision(config.trainer.precision)
+def require_sound(config: Any) -> None:
+    """What `fit` refuses too, before it has made anything. Raises: ValueError that names the key."""
+    model, data, trainer = config.model, config.data, config.trainer
+    refuse_precision(trainer.precision)
     require_known(model.kernel)
-    if model.horizon is not None and model.horizon < 1:
-        raise ValueError(f"model.horizon must be at least 1 segment, or null for the whole window, got {model.horizon}")
+    if str(trainer.accelerator) not in ACCELERATORS:
+        raise ValueError(f"trainer.accelerator {trainer.accelerator} is not supported: choose auto, cpu or gpu")
     if model.tuning is not None:
         raise ValueError("model.tuning: only null (all weights) is there in this version")
-    for key in ("segment_length", "batch_size"):
-        if data[key] < 1:
-            raise ValueError(f"data.{key} must be at least 1, got {data[key]}")
+    if model.horizon is not None and model.horizon < 1:
+        raise ValueError(f"model.horizon must be at least 1 segment, or null for the whole window, got {model.horizon}")
+    sizes = {f"data.{key}": data[key] for key in ("segment_length", "segments_per_window", "batch_size")}
+    for key, value in {**sizes, "--tokens": getattr(config, "tokens", None)}.items():
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{key} must be at least 1, got {value}")
+    OptimizerConfig(**model.optimizer.as_dict())
+    require_steps(trainer)
+
+
+def strategy_name(strategy: Any, ranks: int) -> str:
+    """The name in recipes/strategy of what a recipe has. Raises: ValueError if it is none of them."""
+    if strategy is None or strategy == "auto":
+        return "ddp" if ranks > 1 else "single"
+    options: dict[str, Any] = {}
+    if isinstance(strategy, str):
+        kind = strategy.split("_find_unused_parameters_")[0]
+    else:
+        kind, options = strategy.class_path.rsplit(".", 1)[-1], strategy.as_dict().get("init_args") or {}
+    if kind == "ZeRO":
+        stage = options.get("stage", 2)
+        return f"zero{stage}-offload" if options.get("offload") and stage > 1 else f"zero{stage}"
+    names = {"ddp": "ddp", "DDPStrategy": "ddp", "FSDP2": "fsdp2", "SingleDeviceStrategy": "single"}
+    if kind not in names:
+        refuse_strategy(kind)
+    return names[kind]
 
 
 def model_config(model: Any) -> ModelConfig:
@@ -93,19 +138,17 @@ def _documents(data: Any, tokens: int | None) -> np.ndarray | None:
     """Input tokens of each prepared document; None if a length was given, or if nothing is prepared."""
     if tokens is not None:
         return None
-    try:
+    if Path(data.path, "prepared.json").exists():
         return opened(data).train.inputs
-    except ValueError:
-        if data.segments_per_window == "document":
-            raise ValueError(
-                f"data.path {data.path} holds no prepared data: run `infctx prepare`, or give --tokens N of the "
-                "longest document"
-            ) from None
-        return None
+    if data.segments_per_window == "document":
+        raise ValueError(f"{_UNPREPARED.format(data.path)}, or give --tokens N of the longest document")
+    return None
 
 
 def opened(data: Any) -> DocumentData:
     """The prepared documents of a section `data`. Raises: ValueError if there are none."""
+    if not Path(data.path, "prepared.json").exists():
+        raise ValueError(_UNPREPARED.format(data.path))
     options = data.as_dict()
     for key in ("source", "validation"):
         if isinstance(options[key], dict):
@@ -115,11 +158,12 @@ def opened(data: Any) -> DocumentData:
     return made
 
 
-def _longest(documents: np.ndarray | None, data: Any, config: Any) -> tuple[int, int | None]:
-    """Segments of the longest window, and tokens of an epoch."""
+def _longest_window(documents: np.ndarray | None, config: Any) -> tuple[int, int | None]:
+    """Segments of the longest window, and tokens of an epoch if there are documents to count them."""
+    data, tokens = config.data, config.tokens
     numbered = None if data.segments_per_window == "document" else int(data.segments_per_window)
-    if documents is None:
-        whole = -(-(config.tokens or 1) // data.segment_length)
-        return (min(numbered, whole) if numbered and config.tokens else numbered or whole), None
-    plan = Plan(documents, data.batch_size, data.segment_length, numbered, int(config.seed_everything), 0)
-    return int(np.diff(plan.borders).max()) // data.segment_length, int(documents.sum())
+    if documents is not None:
+        plan = Plan(documents, data.batch_size, data.segment_length, numbered, int(config.seed_everything), 0)
+        return int(np.diff(plan.borders).max()) // data.segment_length, int(documents.sum())
+    counts = [numbered, None if tokens is None else -(-tokens // data.segment_length)]
+    return min(x for x in counts if x is not None), None

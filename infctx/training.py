@@ -13,6 +13,7 @@ from torch import Tensor
 from infctx.borders import StatesConfig
 from infctx.bptt import Runner, run_alone, window_loss
 from infctx.config import ModelConfig
+from infctx.job import require_steps
 from infctx.lanes import Place
 from infctx.models.rwkv import init_model
 from infctx.ops.backends import choose, require_known
@@ -85,6 +86,8 @@ class InfctxModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what would be wrong silently."""
         refuse_precision(self.trainer.precision)
+        if stage == "fit":
+            require_steps(self.trainer)
         choose(self.model.kernel, self.trainer.strategy.root_device.type)
         strategy = self.trainer.strategy
         if type(strategy) not in STRATEGIES:

@@ -14,6 +14,7 @@ LEVELS = [
     {"task"},
     {"bptt"},
     {"optim", "checkpoint", "statefile", "generate", "tuning", "parallel", "report", "evals", "devices", "ledger"},
+    {"job"},
     {"costs"},
     {"engines"},
     {"plan"},
