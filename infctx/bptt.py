@@ -160,9 +160,12 @@ class Gradient:
                 if borders is not None:
                     borders[i] = lanes
                 with self.drawing(segment):
-                    _, _, lanes = self.task.advance_without_graph(segment, lanes, self.fresh)
+                    lanes = self._ahead(segment, lanes)
         torch.clear_autocast_cache()  # casts made without a graph: pass 2 would silently learn nothing from them
         return lanes
+
+    def _ahead(self, segment: int, lanes: Tensor) -> Tensor:
+        return self.task.advance_without_graph(segment, lanes, self.fresh)[2]
 
     @torch.enable_grad()
     def _segment(self, segment: int, before: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
