@@ -64,7 +64,7 @@ def window_loss(
     if len(lanes) != len(window.tokens):
         raise ValueError(f"state holds {len(lanes)} sequences, the window has {len(window.tokens)} lanes")
     if normaliser is None:
-        normaliser = (window.targets != IGNORED).sum().clamp(min=1)
+        normaliser = torch.count_nonzero(window.targets != IGNORED).clamp(min=1)
     carried = state.memory if state is not None else None
     if carried is None and like.memory is not None:
         carried = select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device)).memory

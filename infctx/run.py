@@ -32,6 +32,7 @@ class Metrics(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say what is ahead; forget the lines of steps that a resumed run will make again."""
         if trainer.is_global_zero:
+            print(pl_module.trained)
             print(trainer.datamodule.describe(pl_module.horizon), flush=True)  # type: ignore[attr-defined]
         self._step, self._clock = trainer.global_step, time.perf_counter()
         for file in (self.file, self.validation_file):
