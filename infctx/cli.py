@@ -13,6 +13,7 @@ from infctx.commands import chat, generate
 from infctx.convert import convert, init
 from infctx.errors import ShortErrors, UserError
 from infctx.report import write_report
+from infctx.tuning.state import export_state
 from infctx.weights import load_model, save_model
 
 
@@ -26,15 +27,19 @@ class Parser(ShortErrors, ArgumentParser):
         return super().add_argument(*names, **options)
 
 
-def export(run: str, out: str, what: Literal["model"] = "model") -> None:
-    """Write the weights of a run or of one of its checkpoints to a file that other software reads.
+def export(run: str, out: str, what: Literal["model", "state"] = "model") -> None:
+    """Write what a run or one of its checkpoints has learnt to a file that other software reads.
 
     Args:
         run: run folder (its newest sound checkpoint) or checkpoint folder.
         out: file to write: .pth or .safetensors; a name without suffix: a folder for Hugging Face's software.
-        what: model: all weights.
+        what: model: all weights, with a learnt initial state among them; state: that state alone, as a state file.
     """
-    save_model(load_model(run), out)
+    model = load_model(run)
+    if what == "state":
+        export_state(model, out)
+    else:
+        save_model(model, out)
     print(f"{what}: {out}")
 
 

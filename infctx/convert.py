@@ -8,7 +8,7 @@ import torch
 
 from infctx.models.rwkv import init_model
 from infctx.sizes import WORLD, sized
-from infctx.weights import SUFFIXES, load_model, read_model, save_model, write_model
+from infctx.weights import SUFFIXES, load_model, read_model, save_model, state_names, write_model
 from infctx.world import write_tokenizer_files
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -35,7 +35,8 @@ def convert(
         raise ValueError(f"{dst}: src and dst are the same: name another file")
     config, weights = read_model(src)
     if dtype is not None:
-        weights = {name: _cast(name, x, getattr(torch, dtype)) for name, x in weights.items()}
+        kept = state_names(weights)  # float32 in every runtime
+        weights = {name: x if name in kept else _cast(name, x, getattr(torch, dtype)) for name, x in weights.items()}
     write_model(config, weights, dst)
     print(f"{config.arch}, {sum(x.numel() for x in weights.values()):,} parameters: {dst}")
     if Path(dst).suffix not in SUFFIXES:

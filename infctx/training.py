@@ -28,6 +28,7 @@ from infctx.parallel.zero import ZeRO
 from infctx.parts import Group, Part, Silent, freeze, table
 from infctx.segments import Window
 from infctx.state import State
+from infctx.tuning.state import Tuning, apply_tuning
 from infctx.weights import load_model
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ZeRO, FSDP2)  # exactly these: Lightning's own ZeRO would be wrong
@@ -42,7 +43,7 @@ class InfctxModule(pl.LightningModule):
         horizon: segments the gradient reaches back; null: the whole window (exact); 1: classical truncated BPTT.
         kernel: backend of the recurrence: auto, reference, chunked, cpu, fla, or cuda, also with -recurrent, -tensor or
             -pieces.
-        tuning: null: all weights.
+        tuning: what is trained in place of all weights; null: all.
         optimizer: how weights are updated.
         parts: parameters, by patterns of their names, that are frozen or have a rate or a weight decay of their own.
         l2_penalty: on the largest logit of each token; RWKV-LM's L2Wrap is 1.0e-4.
@@ -56,7 +57,7 @@ class InfctxModule(pl.LightningModule):
         init: ModelConfig | None = None,
         horizon: int | None = None,
         kernel: str = "auto",
-        tuning: dict[str, Any] | None = None,
+        tuning: Tuning | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
         parts: list[Part] = [],  # noqa: B006 (read only)
         l2_penalty: float = 0.0,
@@ -66,8 +67,6 @@ class InfctxModule(pl.LightningModule):
         super().__init__()
         if horizon is not None and horizon < 1:
             raise ValueError(f"model.horizon must be at least 1 segment, or null for the whole window, got {horizon}")
-        if tuning is not None:
-            raise ValueError("model.tuning: only null (all weights) is there in this version")
         require_known(kernel)
         if load is not None:
             self.model = load_model(load, torch.float32, kernel=kernel)
@@ -75,7 +74,8 @@ class InfctxModule(pl.LightningModule):
             self.model = init_model(init, seed=torch.initial_seed() % 2**63, kernel=kernel)
         else:
             raise ValueError("model: give load (weights to start from) or init (sizes of a new model)")
-        self.horizon, self.optimizer, self.parts, self.l2_penalty = horizon, optimizer, tuple(parts), l2_penalty
+        self.horizon, self.optimizer, self.l2_penalty = horizon, optimizer, l2_penalty
+        self.parts = (*(() if tuning is None else apply_tuning(self.model, tuning)), *parts)
         freeze(self.model, self.parts)
         self.silent, self.trained = Silent(self.model), ""
         self.parallel, self.states = parallel, states

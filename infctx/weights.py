@@ -9,7 +9,7 @@ import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from infctx.checkpoint import MANIFEST, newest, sync, verify, weight_files
 from infctx.config import ModelConfig
 from infctx.layouts import Weights, check_hf_config, hf_config, to_layout, to_published
 from infctx.models.rwkv import RWKV
+from infctx.state import SHIFT_STATE, TIME_STATE
 
 SUFFIXES = (".pth", ".safetensors")
 UNUSED = "unused.safetensors"  # what a folder's layout has no place for
@@ -39,12 +40,22 @@ def load_model(
     Raises: FileNotFoundError, or ValueError if the file is not a whole model, or would run code.
     """
     config, weights = read_model(path)
-    if dtype is None and len(dtypes := {x.dtype for x in weights.values()}) > 1:
+    states = state_names(weights)
+    if dtype is None and len(dtypes := {x.dtype for name, x in weights.items() if name not in states}) > 1:
         raise ValueError(f"{path}: its tensors are {' and '.join(sorted(map(str, dtypes)))}: say which dtype to take")
     with torch.device("meta"):
         model = RWKV(config, kernel)
-    model.load_state_dict({name: weights.pop(name).to(device, dtype) for name in list(weights)}, assign=True)
+        model.add_states(states)
+    kept = dict.fromkeys(states, torch.float32) if dtype != torch.float64 else {}
+    model.load_state_dict(
+        {name: weights.pop(name).to(device, kept.get(name, dtype)) for name in list(weights)}, assign=True
+    )
     return model
+
+
+def state_names(weights: Iterable[str]) -> list[str]:
+    """Of the tensors that are a learnt initial state."""
+    return [name for name in weights if name.rsplit(".", 1)[-1] in (TIME_STATE, SHIFT_STATE)]
 
 
 def read_model(path: str | Path) -> tuple[ModelConfig, Weights]:
@@ -166,6 +177,7 @@ def _fitted(weights: Weights, config: ModelConfig) -> Weights:
     """The tensors of a model, each in its published shape; what no layer uses may be missing, and is then zeros."""
     with torch.device("meta"):
         model = RWKV(config)
+        model.add_states(state_names(weights))
     wanted, out = model.state_dict(), {}
     unused = {name for name, p in model.named_parameters() if not p.requires_grad}
     if odd := sorted(set(weights) - set(wanted)) or sorted(set(wanted) - set(weights) - unused):
@@ -193,6 +205,9 @@ def _write_file(weights: Weights, path: Path) -> None:
 def _write_folder(config: ModelConfig, weights: Weights, path: Path) -> None:
     from huggingface_hub import save_torch_state_dict  # nothing else of reading and writing weights needs it
 
+    if state_names(weights):
+        raise ValueError(f"{path}: Hugging Face's software would not begin with the learnt state: write .pth or "
+                         ".safetensors, or the state alone by --what state")  # fmt: skip
     renamed, unused = to_layout(weights, config)
     path.mkdir()
     save_torch_state_dict(renamed, path)
