@@ -160,6 +160,8 @@ class FolderCheckpoints(CheckpointIO):
         state = checkpoint.pop("state_dict")
         weights = {name.removeprefix(PREFIX): x for name, x in state.items()}
         facts = {"step": checkpoint["global_step"], "torch": torch.__version__}
+        if base := checkpoint.get("infctx", {}).get("base"):
+            facts["base"] = base
         save_checkpoint(path, weights, checkpoint, facts, **(storage_options or {}))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

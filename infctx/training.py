@@ -28,7 +28,9 @@ from infctx.parallel.zero import ZeRO
 from infctx.parts import Group, Part, Silent, freeze, table
 from infctx.segments import Window
 from infctx.state import State
-from infctx.tuning.state import Tuning, apply_tuning
+from infctx.tuning.base import Base, require_trained
+from infctx.tuning.config import Tuning
+from infctx.tuning.tune import apply_tuning
 from infctx.weights import load_model
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ZeRO, FSDP2)  # exactly these: Lightning's own ZeRO would be wrong
@@ -75,6 +77,7 @@ class InfctxModule(pl.LightningModule):
         else:
             raise ValueError("model: give load (weights to start from) or init (sizes of a new model)")
         self.horizon, self.optimizer, self.l2_penalty = horizon, optimizer, l2_penalty
+        self.base = Base(load, self.model, tuning) if load and tuning and tuning.adapter else None
         self.parts = (*(() if tuning is None else apply_tuning(self.model, tuning)), *parts)
         freeze(self.model, self.parts)
         self.silent, self.trained = Silent(self.model), ""
@@ -203,9 +206,17 @@ class InfctxModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the lanes carry, the generators' states and the counts, of all ranks."""
         checkpoint["infctx"] = {**self._place.gather(self.lanes), "counts": dict(self.counts)}
+        if self.base is not None:
+            checkpoint["infctx"]["base"] = self.base.facts()
+            for name in self.base.left_out(self.model):
+                checkpoint["state_dict"].pop(f"model.{name}", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it until the run starts, when nothing draws random numbers any more."""
+        if self.base is not None:
+            self.base.require(checkpoint["infctx"].get("base"))
+            require_trained(self.model, {name.removeprefix("model.") for name in checkpoint["state_dict"]})
+            self.strict_loading = False
         self._resumed = checkpoint["infctx"]
 
     def on_train_start(self) -> None:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from infctx.config import ModelConfig
 from infctx.layouts import Weights, check_hf_config, hf_config, to_layout, to_published
 from infctx.models.rwkv import RWKV
 from infctx.state import SHIFT_STATE, TIME_STATE
+from infctx.tuning.adapters import merge
+from infctx.tuning.base import fingerprint, require_trained
+from infctx.tuning.config import Tuning
+from infctx.tuning.tune import apply_tuning
 
 SUFFIXES = (".pth", ".safetensors")
 UNUSED = "unused.safetensors"  # what a folder's layout has no place for
@@ -39,6 +44,10 @@ def load_model(
         dtype: of the parameters; None: the file's. device: where they go. kernel: backend of the recurrence.
     Raises: FileNotFoundError, or ValueError if the file is not a whole model, or would run code.
     """
+    if (tuned := load_tuned(path)) is not None:
+        merge(tuned)
+        tuned.kernel = kernel
+        return tuned.to(device, dtype)
     config, weights = read_model(path)
     states = state_names(weights)
     if dtype is None and len(dtypes := {x.dtype for name, x in weights.items() if name not in states}) > 1:
@@ -58,8 +67,34 @@ def state_names(weights: Iterable[str]) -> list[str]:
     return [name for name in weights if name.rsplit(".", 1)[-1] in (TIME_STATE, SHIFT_STATE)]
 
 
+def load_tuned(path: str | Path) -> RWKV | None:
+    """The model of a run with adapters, or of one of its checkpoints, with the adapters in it; None if it has none.
+
+    Raises: ValueError if the weights that it was tuned on are not there, or are others now.
+    """
+    folder = Path(path)
+    folder = newest(folder) if (folder / "checkpoints").is_dir() else folder
+    base = verify(folder).get("base") if (folder / MANIFEST).is_file() else None
+    if base is None:
+        return None
+    tuning = Tuning(**base["tuning"])
+    if not Path(base["path"]).exists():
+        raise ValueError(f"{path}: was tuned on {base['path']}, which is not there: put it back")
+    model = load_model(base["path"], torch.float32)
+    if fingerprint(model) != base["fingerprint"]:
+        raise ValueError(f"{path}: was tuned on {base['path']}, which holds other weights now")
+    apply_tuning(model, replace(tuning, start=None))
+    trained = {name: x for file in weight_files(folder) for name, x in load_file(file).items()}
+    require_trained(model, set(trained))
+    model.load_state_dict(trained, strict=False)
+    return model
+
+
 def read_model(path: str | Path) -> tuple[ModelConfig, Weights]:
     """Sizes and tensors of a weight file, under the published names and in their shapes. Raises: as `load_model`."""
+    if (tuned := load_tuned(path)) is not None:
+        merge(tuned)
+        return tuned.config, dict(tuned.state_dict())
     weights = read_weights(path)
     try:
         config = ModelConfig.from_weights(weights)

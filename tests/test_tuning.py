@@ -11,7 +11,9 @@ from infctx.layouts import to_layout
 from infctx.parts import freeze
 from infctx.segments import Window
 from infctx.statefile import load_state, save_state, to_runtime
-from infctx.tuning.state import Tuning, apply_tuning, export_state, state_names
+from infctx.tuning.config import Tuning
+from infctx.tuning.states import export_state, state_names
+from infctx.tuning.tune import apply_tuning
 
 DOCUMENTS = (21, 9, 30, 14)
 

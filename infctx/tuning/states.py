@@ -1,47 +1,23 @@
 """State tuning: the state before a document's first token is learnt, with the weights as they are."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from infctx.parts import Part
 from infctx.state import SHIFT_STATE, TIME_STATE, State
 from infctx.statefile import load_state, save_state
+from infctx.tuning.config import Tuning
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """What is trained in place of all weights.
-
-    Args:
-        method: state: the state that every document begins with, of each layer's recurrence.
-        lr: learning rate of what is tuned; null: that of the optimizer.
-        start: a state file to begin from: .safetensors, or .pth with time_state; null: zeros.
-        shift: the last inputs that the token shifts begin with are learnt too; a .pth file cannot hold them.
-    """
-
-    method: Literal["state"] = "state"
-    lr: float | None = None
-    start: str | None = None
-    shift: bool = False
-
-    def __post_init__(self) -> None:
-        if self.lr is not None and self.lr <= 0:
-            raise ValueError(f"model.tuning.lr must be above 0, or null for that of the optimizer, got {self.lr}")
-
-
-def apply_tuning(model: Any, tuning: Tuning) -> tuple[Part, ...]:
-    """Give a model what is tuned. Returns: the parts that train nothing else. Raises: ValueError for a start unfit."""
+def add_state(model: Any, tuning: Tuning) -> None:
+    """Make the initial state of a model something to learn. Raises: ValueError for a start unfit for it."""
     names = state_names(model, tuning.shift)
     if missing := [name for name in names if name not in dict(model.named_parameters())]:
         model.add_states(missing)
     if tuning.start is not None:
         state, _ = load_state(tuning.start, model)
         begin_with(model, state, tuning)
-    learnt = [Part(f"blocks.*.{TIME_STATE}", lr=tuning.lr)]
-    return Part("*", train=False), *learnt, *([Part(f"blocks.*.{SHIFT_STATE}", lr=tuning.lr)] if tuning.shift else [])
 
 
 def state_names(model: Any, shift: bool) -> list[str]:
