@@ -64,7 +64,7 @@ def window_loss(
     if len(lanes) != len(window.tokens):
         raise ValueError(f"state holds {len(lanes)} sequences, the window has {len(window.tokens)} lanes")
     if normaliser is None:
-        normaliser = (window.targets != IGNORED).sum().clamp(min=1)
+        normaliser = torch.count_nonzero(window.targets != IGNORED).clamp(min=1)
     carried = state.memory if state is not None else None
     if carried is None and like.memory is not None:
         carried = select(like, torch.zeros(len(lanes), dtype=torch.long, device=lanes.device)).memory
@@ -160,9 +160,12 @@ class Gradient:
                 if borders is not None:
                     borders[i] = lanes
                 with self.drawing(segment):
-                    _, _, lanes = self.task.advance_without_graph(segment, lanes, self.fresh)
+                    lanes = self._ahead(segment, lanes)
         torch.clear_autocast_cache()  # casts made without a graph: pass 2 would silently learn nothing from them
         return lanes
+
+    def _ahead(self, segment: int, lanes: Tensor) -> Tensor:
+        return self.task.advance_without_graph(segment, lanes, self.fresh)[2]
 
     @torch.enable_grad()
     def _segment(self, segment: int, before: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

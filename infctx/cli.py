@@ -11,9 +11,10 @@ from typing import Any, Literal
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from infctx.commands import chat, generate
-from infctx.convert import convert, init
+from infctx.convert import convert, export_adapter, init, merge
 from infctx.errors import ShortErrors, UserError
 from infctx.report import write_report
+from infctx.tuning.states import export_state
 from infctx.weights import load_model, save_model
 
 
@@ -27,15 +28,21 @@ class Parser(ShortErrors, ArgumentParser):
         return super().add_argument(*names, **options)
 
 
-def export(run: str, out: str, what: Literal["model"] = "model") -> None:
-    """Write the weights of a run or of one of its checkpoints to a file that other software reads.
+def export(run: str, out: str, what: Literal["model", "state", "adapter"] = "model") -> None:
+    """Write what a run or one of its checkpoints has learnt to a file that other software reads.
 
     Args:
         run: run folder (its newest sound checkpoint) or checkpoint folder.
         out: file to write: .pth or .safetensors; a name without suffix: a folder for Hugging Face's software.
-        what: model: all weights.
+        what: model: all weights, adapters merged, with a learnt initial state among them; state: that state alone, as a
+            state file; adapter: the adapters alone, as a folder of the peft library.
     """
-    save_model(load_model(run), out)
+    if what == "adapter":
+        export_adapter(run, out)
+    elif what == "state":
+        export_state(load_model(run), out)
+    else:
+        save_model(load_model(run), out)
     print(f"{what}: {out}")
 
 
@@ -59,6 +66,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
     "convert": convert,
     "export": export,
+    "merge": merge,
     "generate": generate,
     "chat": chat,
     "report": report,

@@ -2,17 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from infctx.models.rwkv import init_model
+from infctx.layouts import Weights
+from infctx.models.rwkv import RWKV, init_model
 from infctx.sizes import WORLD, sized
-from infctx.weights import SUFFIXES, load_model, read_model, save_model, write_model
+from infctx.tuning.adapters import merge as merge_adapters
+from infctx.tuning.adapters import save_adapter
+from infctx.weights import SUFFIXES, load_model, load_tuned, read_model, save_model, state_names, write_model
 from infctx.world import write_tokenizer_files
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PROMPT = 64  # tokens of the comparison
+MERGED = 1e-4  # of the largest logit: what merging may change in float32
 
 
 def convert(
@@ -35,7 +39,7 @@ def convert(
         raise ValueError(f"{dst}: src and dst are the same: name another file")
     config, weights = read_model(src)
     if dtype is not None:
-        weights = {name: _cast(name, x, getattr(torch, dtype)) for name, x in weights.items()}
+        weights = _cast_all(weights, dtype)
     write_model(config, weights, dst)
     print(f"{config.arch}, {sum(x.numel() for x in weights.values()):,} parameters: {dst}")
     if Path(dst).suffix not in SUFFIXES:
@@ -50,6 +54,11 @@ def convert(
             raise ValueError(f"{dst}: its logits are not those of {src}: do not use it")
 
 
+def _cast_all(weights: Weights, dtype: Dtype) -> Weights:
+    kept = state_names(weights)  # float32 in every runtime
+    return {name: x if name in kept else _cast(name, x, getattr(torch, dtype)) for name, x in weights.items()}
+
+
 def _cast(name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     low = x.to(dtype)
     if not torch.equal(low.isfinite(), x.isfinite()):
@@ -59,14 +68,51 @@ def _cast(name: str, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def compare(left: str | Path, right: str | Path) -> float:
     """The largest difference between the logits of two weight files in float32, over the largest of the first."""
-    logits = []
-    for path in (left, right):
-        model = load_model(path, torch.float32).eval()
-        tokens = (torch.arange(1, PROMPT + 1) * 7919 % model.config.vocab_size).unsqueeze(0)
-        with torch.inference_mode():
-            logits.append(model(tokens)[0])
-        del model
-    return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-30))
+    return _difference(*(_logits(load_model(path, torch.float32)) for path in (left, right)))
+
+
+def merge(run: str, out: str, dtype: Dtype = "float32") -> None:
+    """Write the weights of a run with adapters, with these added to them.
+
+    Args:
+        run: run folder (its newest sound checkpoint) or checkpoint folder.
+        out: file to write: .pth or .safetensors; a name without suffix: a folder for Hugging Face's software.
+        dtype: of the weights, after the addition in float32.
+    """
+    model = _tuned(run)
+    before = _logits(model)
+    merge_adapters(model)
+    difference = _difference(before, _logits(model))
+    print(f"logits of {PROMPT} tokens, merged in float32: largest difference {difference:.1e} of the largest logit")
+    if not difference <= MERGED:
+        raise ValueError(f"{run}: not merged: the logits would differ by more than {MERGED:.0e}; export --what adapter")
+    write_model(model.config, _cast_all(dict(model.state_dict()), dtype), out)
+
+
+def export_adapter(run: str, out: str) -> None:
+    """Write the adapters of a run as a folder of the peft library. Raises: ValueError if it has none to write."""
+    model = _tuned(run)
+    config: Any = model.peft_config
+    if getattr(config["default"], "init_lora_weights", None) == "pissa":
+        raise ValueError(f"{run}: pissa has changed the weights that its adapters belong to: export the whole model")
+    save_adapter(model, out)
+
+
+def _tuned(run: str) -> RWKV:
+    model = load_tuned(run)
+    if model is None:
+        raise ValueError(f"{run}: no run with adapters: train with model.tuning {{method: lora}}, or another of them")
+    return model
+
+
+def _logits(model: RWKV) -> torch.Tensor:
+    tokens = (torch.arange(1, PROMPT + 1) * 7919 % model.config.vocab_size).unsqueeze(0)
+    with torch.inference_mode():
+        return model.eval()(tokens)[0]
+
+
+def _difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left - right).abs().max() / left.abs().max().clamp(min=1e-30))
 
 
 def init(

@@ -31,7 +31,7 @@ class WindowMemory:
 
     def __init__(self, window: Window, carried: KeyMemory, dtype: torch.dtype) -> None:
         before = carried.cu_seqlens.diff().tolist()
-        added = (window.ids >= 0).sum((1, 2)).tolist()
+        added = torch.count_nonzero(window.ids >= 0, (1, 2)).tolist()
         origin = [0]
         for x, y in zip(before, added, strict=True):
             origin.append(origin[-1] + x + y)

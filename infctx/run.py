@@ -32,6 +32,7 @@ class Metrics(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say what is ahead; forget the lines of steps that a resumed run will make again."""
         if trainer.is_global_zero:
+            print(pl_module.trained)
             print(trainer.datamodule.describe(pl_module.horizon), flush=True)  # type: ignore[attr-defined]
         self._step, self._clock = trainer.global_step, time.perf_counter()
         for file in (self.file, self.validation_file):
@@ -159,6 +160,8 @@ class FolderCheckpoints(CheckpointIO):
         state = checkpoint.pop("state_dict")
         weights = {name.removeprefix(PREFIX): x for name, x in state.items()}
         facts = {"step": checkpoint["global_step"], "torch": torch.__version__}
+        if base := checkpoint.get("infctx", {}).get("base"):
+            facts["base"] = base
         save_checkpoint(path, weights, checkpoint, facts, **(storage_options or {}))
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# Community files have the first one, for RWKV-5 and later, as (H, V, K).
+TIME_STATE, SHIFT_STATE = "time_state", "shift_state"  # parameters of a mixer: what is learnt of its initial state
+
 
 class BlockState(NamedTuple):
     """The state of one layer."""

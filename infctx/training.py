@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from infctx.borders import StatesConfig
@@ -25,8 +26,12 @@ from infctx.parallel.scan import Scan
 from infctx.parallel.sharded import Outline
 from infctx.parallel.wavefront import Wavefront
 from infctx.parallel.zero import ZeRO
+from infctx.parts import Group, Part, Silent, freeze, table
 from infctx.segments import Window
 from infctx.state import State
+from infctx.tuning.base import Base, require_trained
+from infctx.tuning.config import Tuning
+from infctx.tuning.tune import apply_tuning
 from infctx.weights import load_model
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ZeRO, FSDP2)  # exactly these: Lightning's own ZeRO would be wrong
@@ -41,8 +46,9 @@ class InfctxModule(pl.LightningModule):
         horizon: segments the gradient reaches back; null: the whole window (exact); 1: classical truncated BPTT.
         kernel: backend of the recurrence: auto, reference, chunked, cpu, fla, or cuda, also with -recurrent, -tensor or
             -pieces.
-        tuning: null: all weights.
+        tuning: what is trained in place of all weights; null: all.
         optimizer: how weights are updated.
+        parts: parameters, by patterns of their names, that are frozen or have a rate or a weight decay of their own.
         l2_penalty: on the largest logit of each token; RWKV-LM's L2Wrap is 1.0e-4.
         parallel: how one document is spread over ranks: the section `parallel` of a recipe.
         states: which states at borders are kept, and where: the section `states` of a recipe.
@@ -54,8 +60,9 @@ class InfctxModule(pl.LightningModule):
         init: ModelConfig | None = None,
         horizon: int | None = None,
         kernel: str = "auto",
-        tuning: dict[str, Any] | None = None,
+        tuning: Tuning | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 (frozen)
+        parts: list[Part] = [],  # noqa: B006 (read only)
         l2_penalty: float = 0.0,
         parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 (frozen)
         states: StatesConfig = StatesConfig(),  # noqa: B008 (frozen)
@@ -63,8 +70,6 @@ class InfctxModule(pl.LightningModule):
         super().__init__()
         if horizon is not None and horizon < 1:
             raise ValueError(f"model.horizon must be at least 1 segment, or null for the whole window, got {horizon}")
-        if tuning is not None:
-            raise ValueError("model.tuning: only null (all weights) is there in this version")
         require_known(kernel)
         if load is not None:
             self.model = load_model(load, torch.float32, kernel=kernel)
@@ -73,6 +78,10 @@ class InfctxModule(pl.LightningModule):
         else:
             raise ValueError("model: give load (weights to start from) or init (sizes of a new model)")
         self.horizon, self.optimizer, self.l2_penalty = horizon, optimizer, l2_penalty
+        self.base = Base(load, self.model, tuning) if load and tuning and tuning.adapter else None
+        self.parts = (*(() if tuning is None else apply_tuning(self.model, tuning)), *parts)
+        freeze(self.model, self.parts)
+        self.silent, self.trained = Silent(self.model), ""
         self.parallel, self.states = parallel, states
         self.lanes: State | None = None
         self.validation_lanes: State | None = None
@@ -93,6 +102,7 @@ class InfctxModule(pl.LightningModule):
         if type(strategy) not in STRATEGIES:
             refuse_strategy(type(strategy).__name__)
         if isinstance(strategy, Cut):
+            refuse_optimizer(self.optimizer.name)
             self.outline, self.runner = strategy.outline(self.model), strategy.runner
         if self.parallel.time > 1 and not isinstance(self.runner, Wavefront | Scan):
             self.runner = self._over_time()
@@ -124,7 +134,7 @@ class InfctxModule(pl.LightningModule):
             l2_penalty=self.l2_penalty, states=self.states, runner=self.runner,
         )  # fmt: skip
         _refuse_non_finite(loss, metrics, window, index)
-        seen = torch.stack([(window.ids >= 0).sum(), window.start.sum()]).double()
+        seen = torch.stack([torch.count_nonzero(x) for x in (window.ids >= 0, window.start)]).double()
         seen *= self.trainer.global_rank % self.parallel.time == 0  # ranks that share lanes see the same window
         for name, x in {**metrics, "seen": seen.to(self.device)}.items():
             if name != "segment_loss":
@@ -138,9 +148,25 @@ class InfctxModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Note the rate of this step, and the norm of its gradient before clipping, unless DeepSpeed will tell it."""
-        self.learning_rate = next(g["lr"] for g in optimizer.param_groups if g.get("name") not in ("double", "triple"))
+        first = optimizer.param_groups[0]
+        self.learning_rate = first["lr"] / Group(*first["own"]).factor
         if not isinstance(self.trainer.strategy, ZeRO):
             self.note_norm(total_norm(self.model))
+            if warning := self.silent.look():
+                rank_zero_warn(warning)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """By the norm noted already, and before fused optimizers too; DeepSpeed clips by itself."""
+        if not gradient_clip_val or isinstance(self.trainer.strategy, ZeRO):
+            return
+        trained = [p for p in self.model.parameters() if p.grad is not None]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(trained, gradient_clip_val)
+        else:
+            norm = torch.tensor(self.grad_norm, device=self.device)
+            torch.nn.utils.clip_grads_with_norm_(trained, gradient_clip_val, norm)
 
     def note_norm(self, norm: float) -> None:
         """The norm of the whole gradient of this step. Raises: FloatingPointError if it is not finite."""
@@ -174,24 +200,33 @@ class InfctxModule(pl.LightningModule):
         self.log("validation_loss", (total / tokens.clamp(min=1)).float(), rank_zero_only=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and its schedule over all the steps of the run."""
-        optimizer = make_optimizer(self.model, self.optimizer)
+        """The optimizer, and its schedule over all the steps of the run."""
+        optimizer = make_optimizer(self.model, self.optimizer, self.parts)
         schedule = make_schedule(optimizer, self.optimizer, self.trainer.datamodule.total_steps())  # type: ignore[attr-defined]
+        self.trained = table(self.model, optimizer.param_groups)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the lanes carry, the generators' states and the counts, of all ranks."""
         checkpoint["infctx"] = {**self._place.gather(self.lanes), "counts": dict(self.counts)}
+        if self.base is not None:
+            checkpoint["infctx"]["base"] = self.base.facts()
+            for name in self.base.left_out(self.model):
+                checkpoint["state_dict"].pop(f"model.{name}", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep it until the run starts, when nothing draws random numbers any more."""
+        if self.base is not None:
+            self.base.require(checkpoint["infctx"].get("base"))
+            require_trained(self.model, {name.removeprefix("model.") for name in checkpoint["state_dict"]})
+            self.strict_loading = False
         self._resumed = checkpoint["infctx"]
 
     def on_train_start(self) -> None:
         """Go on with the lanes, generators and counts of the checkpoint."""
         if not self._resumed:
             return
-        apply_config(self.optimizers(), self.lr_schedulers(), self.optimizer)
+        apply_config(self.optimizers(), self.lr_schedulers(), self.optimizer, self.parts)
         self.lanes = self._place.lanes(self._resumed, self.seen.initial_state(1))
         self._place.seed(self._resumed)
         self.counts, self._resumed = dict(self._resumed["counts"]), {}
@@ -204,6 +239,13 @@ class InfctxModule(pl.LightningModule):
 def refuse_strategy(name: str) -> NoReturn:
     """Raises: ValueError, always."""
     raise ValueError(f"trainer.strategy {name} is not supported: choose auto, ddp or a file of recipes/strategy")
+
+
+def refuse_optimizer(name: str) -> None:
+    """Raises: ValueError for one that does not work on pieces."""
+    if name != "adamw":
+        mend = "choose adamw, or trainer.strategy ddp"
+        raise ValueError(f"model.optimizer.name {name}: DeepSpeed and FSDP2 cut up what it updates whole: {mend}")
 
 
 def refuse_precision(precision: object) -> None:

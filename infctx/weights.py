@@ -9,7 +9,8 @@ import pickle
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ from infctx.checkpoint import MANIFEST, newest, sync, verify, weight_files
 from infctx.config import ModelConfig
 from infctx.layouts import Weights, check_hf_config, hf_config, to_layout, to_published
 from infctx.models.rwkv import RWKV
+from infctx.state import SHIFT_STATE, TIME_STATE
+from infctx.tuning.adapters import merge
+from infctx.tuning.base import fingerprint, require_trained
+from infctx.tuning.config import Tuning
+from infctx.tuning.tune import apply_tuning
 
 SUFFIXES = (".pth", ".safetensors")
 UNUSED = "unused.safetensors"  # what a folder's layout has no place for
@@ -38,17 +44,57 @@ def load_model(
         dtype: of the parameters; None: the file's. device: where they go. kernel: backend of the recurrence.
     Raises: FileNotFoundError, or ValueError if the file is not a whole model, or would run code.
     """
+    if (tuned := load_tuned(path)) is not None:
+        merge(tuned)
+        tuned.kernel = kernel
+        return tuned.to(device, dtype)
     config, weights = read_model(path)
-    if dtype is None and len(dtypes := {x.dtype for x in weights.values()}) > 1:
+    states = state_names(weights)
+    if dtype is None and len(dtypes := {x.dtype for name, x in weights.items() if name not in states}) > 1:
         raise ValueError(f"{path}: its tensors are {' and '.join(sorted(map(str, dtypes)))}: say which dtype to take")
     with torch.device("meta"):
         model = RWKV(config, kernel)
-    model.load_state_dict({name: weights.pop(name).to(device, dtype) for name in list(weights)}, assign=True)
+        model.add_states(states)
+    kept = dict.fromkeys(states, torch.float32) if dtype != torch.float64 else {}
+    model.load_state_dict(
+        {name: weights.pop(name).to(device, kept.get(name, dtype)) for name in list(weights)}, assign=True
+    )
+    return model
+
+
+def state_names(weights: Iterable[str]) -> list[str]:
+    """Of the tensors that are a learnt initial state."""
+    return [name for name in weights if name.rsplit(".", 1)[-1] in (TIME_STATE, SHIFT_STATE)]
+
+
+def load_tuned(path: str | Path) -> RWKV | None:
+    """The model of a run with adapters, or of one of its checkpoints, with the adapters in it; None if it has none.
+
+    Raises: ValueError if the weights that it was tuned on are not there, or are others now.
+    """
+    folder = Path(path)
+    folder = newest(folder) if (folder / "checkpoints").is_dir() else folder
+    base = verify(folder).get("base") if (folder / MANIFEST).is_file() else None
+    if base is None:
+        return None
+    tuning = Tuning(**base["tuning"])
+    if not Path(base["path"]).exists():
+        raise ValueError(f"{path}: was tuned on {base['path']}, which is not there: put it back")
+    model = load_model(base["path"], torch.float32)
+    if fingerprint(model) != base["fingerprint"]:
+        raise ValueError(f"{path}: was tuned on {base['path']}, which holds other weights now")
+    apply_tuning(model, replace(tuning, start=None))
+    trained = {name: x for file in weight_files(folder) for name, x in load_file(file).items()}
+    require_trained(model, set(trained))
+    model.load_state_dict(trained, strict=False)
     return model
 
 
 def read_model(path: str | Path) -> tuple[ModelConfig, Weights]:
     """Sizes and tensors of a weight file, under the published names and in their shapes. Raises: as `load_model`."""
+    if (tuned := load_tuned(path)) is not None:
+        merge(tuned)
+        return tuned.config, dict(tuned.state_dict())
     weights = read_weights(path)
     try:
         config = ModelConfig.from_weights(weights)
@@ -166,6 +212,7 @@ def _fitted(weights: Weights, config: ModelConfig) -> Weights:
     """The tensors of a model, each in its published shape; what no layer uses may be missing, and is then zeros."""
     with torch.device("meta"):
         model = RWKV(config)
+        model.add_states(state_names(weights))
     wanted, out = model.state_dict(), {}
     unused = {name for name, p in model.named_parameters() if not p.requires_grad}
     if odd := sorted(set(weights) - set(wanted)) or sorted(set(wanted) - set(weights) - unused):
@@ -193,6 +240,9 @@ def _write_file(weights: Weights, path: Path) -> None:
 def _write_folder(config: ModelConfig, weights: Weights, path: Path) -> None:
     from huggingface_hub import save_torch_state_dict  # nothing else of reading and writing weights needs it
 
+    if state_names(weights):
+        raise ValueError(f"{path}: Hugging Face's software would not begin with the learnt state: write .pth or "
+                         ".safetensors, or the state alone by --what state")  # fmt: skip
     renamed, unused = to_layout(weights, config)
     path.mkdir()
     save_torch_state_dict(renamed, path)

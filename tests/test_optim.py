@@ -1,9 +1,13 @@
 """Groups, rates and their schedule."""
 
+import copy
+import sys
+
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import RECIPE, make_project, run, tiny_model
 
+from infctx.checkpoint import load_checkpoint, newest
 from infctx.optim import OptimizerConfig, learning_rate_factor, make_optimizer, make_schedule, parameter_groups
 
 
@@ -61,3 +65,95 @@ def test_decay_moves_matrices_only():
 def test_bad_numbers(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         OptimizerConfig(**bad)
+
+
+def test_linear_and_wsd():
+    config = {"lr": 1e-3, "final_lr": 1e-4, "warmup_steps": 4}
+    linear = learning_rate_factor(OptimizerConfig(**config, schedule="linear"), 24)
+    assert [linear(i) for i in (3, 4, 14, 24, 99)] == pytest.approx([1, 1, 0.55, 0.1, 0.1])
+    wsd = learning_rate_factor(OptimizerConfig(**config, schedule="wsd", decay_share=0.5), 24)
+    assert [wsd(i) for i in (3, 4, 14, 19, 24, 99)] == pytest.approx([1, 1, 1, 0.55, 0.1, 0.1])
+
+
+def steps(optimizer, model, n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        for p in model.parameters():
+            if p.requires_grad:
+                p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+def test_muon_and_adamw_together_are_each_of_them():
+    config, models = (
+        OptimizerConfig(name="muon", lr=0.02, weight_decay=0.1),
+        [tiny_model(dtype=torch.float32) for _ in range(2)],
+    )
+    together = make_optimizer(models[0], config)
+    inside = {f"blocks.{i}.{x}.weight" for i in range(2)
+              for x in ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")}  # fmt: skip
+    names = {id(p): name for name, p in models[0].named_parameters()}
+    by_muon = [g for g in together.param_groups if g["name"].endswith("by muon")]
+    assert {names[id(p)] for g in by_muon for p in g["params"]} == inside
+    other = dict(models[1].named_parameters())
+    muon = torch.optim.Muon(
+        [other[x] for x in sorted(inside)], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    rest = [g | {"params": [p for p in g["params"] if not any(p is other[x] for x in inside)]}
+            for g in parameter_groups(models[1], OptimizerConfig(lr=0.02, weight_decay=0.1))]  # fmt: skip
+    adamw = torch.optim.AdamW(rest, betas=config.betas, eps=config.eps)
+    steps(together, models[0], 3)
+    for i in range(3):
+        steps_of = torch.Generator().manual_seed(0)
+        for _ in range(i + 1):
+            grads = [torch.randn(p.shape, generator=steps_of) for p in models[1].parameters() if p.requires_grad]
+        for p, g in zip((p for p in models[1].parameters() if p.requires_grad), grads):
+            p.grad = g
+        muon.step()
+        adamw.step()
+    assert all(map(torch.equal, models[0].state_dict().values(), models[1].state_dict().values()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adamw8bit"])
+def test_an_optimizer_goes_on_from_its_state(name):
+    if name == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    models = [tiny_model(dtype=torch.float32) for _ in range(2)]
+    config = OptimizerConfig(name=name, lr=0.02)
+    one, two = (make_optimizer(model, config) for model in models)
+    steps(one, models[0], 2)
+    models[1].load_state_dict(models[0].state_dict())
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for optimizer, model in ((one, models[0]), (two, models[1])):
+        steps(optimizer, model, 2, seed=1)
+    start = tiny_model(dtype=torch.float32).state_dict()
+    for key, x in models[0].state_dict().items():
+        assert torch.equal(x, models[1].state_dict()[key])
+        assert not torch.equal(x, start[key]) or ".att.v" in key
+
+
+def test_a_library_that_is_not_there(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="adamw8bit: pip install bitsandbytes"):
+        make_optimizer(tiny_model(), OptimizerConfig(name="adamw8bit"))
+
+
+def test_a_run_with_muon_and_averaged_weights_goes_on(tmp_path, monkeypatch):
+    """A checkpoint has Lightning's moving average of the weights; the run goes on from the weights themselves."""
+    average = "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.5}}"
+    recipe = RECIPE.replace("lr: 1.0e-2", "name: muon, lr: 1.0e-2") + f"  callbacks: [{average}]\n"
+    recipe = recipe.replace("trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false}",
+                            "trainer:\n  max_epochs: 2\n  accelerator: cpu\n  enable_progress_bar: false")  # fmt: skip
+    monkeypatch.chdir(make_project(tmp_path / "project", recipe=recipe))
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "whole")
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "again", "--resume", "runs/whole/checkpoints/step-6")
+    last = newest("runs/whole")
+    (weights, training), (averaged, trained) = (
+        load_checkpoint(f"runs/{x}/checkpoints/{last.name}") for x in ("again", "whole")
+    )
+    assert all(torch.equal(weights[key], averaged[key]) for key in weights)
+    own = {key.removeprefix("model."): x for key, x in trained["current_model_state"].items()}
+    assert all(
+        torch.equal(x, trained["current_model_state"][key]) for key, x in training["current_model_state"].items()
+    )
+    assert not torch.equal(own["emb.weight"], averaged["emb.weight"])

@@ -3,7 +3,7 @@
 B rows, T tokens, C channels. A new architecture is a file with its mixers and a row in MIXERS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from infctx.config import ModelConfig
 from infctx.models import goldfinch, rwkv4, rwkv5, rwkv6, rwkv7
 from infctx.models.layers import Shared, Split, linear, pack_sequences
-from infctx.state import BlockState, KeyMemory, Relay, State
+from infctx.state import SHIFT_STATE, TIME_STATE, BlockState, KeyMemory, Relay, State
 
 COMPILED = ("auto", "cpu", "cuda")  # kernels with which the neighbours of the recurrence are compiled too
 Mixer = Callable[[ModelConfig, int], nn.Module]
@@ -42,6 +42,23 @@ class Block(nn.Module):
         x = x + mixed
         mixed, state = self.ffn(self.ln2(x), shared, state)
         return x + mixed, shared, state
+
+
+def begun(block: nn.Module, zeros: Tensor) -> BlockState:
+    """The state of a layer before the first token. Args: zeros (N, C)."""
+    att, ffn = block.att, block.ffn
+    state = BlockState(zeros.clone(), zeros.clone(), att.initial_wkv(zeros))  # type: ignore[operator,union-attr]
+    learnt = [getattr(mixer, name, None) for mixer, name in ((att, SHIFT_STATE), (ffn, SHIFT_STATE), (att, TIME_STATE))]
+    rows = (
+        x if p is None else _sums(p.to(x.dtype)).expand(len(zeros), *p.shape)
+        for x, p in zip(state, learnt, strict=True)
+    )  # fmt: skip
+    return BlockState(*rows)
+
+
+def _sums(p: Tensor) -> Tensor:
+    """RWKV-4's denominators are sums of exponentials: learning must not take them below 0."""
+    return torch.cat([p[:1], p[1:2].clamp(min=0), p[2:]]) if p.dim() == 2 else p
 
 
 class RWKV(nn.Module):
@@ -114,14 +131,31 @@ class RWKV(nn.Module):
         return self.ln_out(x), State(tuple(after), shared.memory)
 
     def initial_state(self, n: int) -> State:
-        """The state of n sequences before their first token."""
+        """The state of n sequences before their first token: nothing, or what was learnt."""
         weight = self.emb.weight
         zeros = weight.new_zeros(n, self.config.n_embd, dtype=torch.promote_types(weight.dtype, torch.float32))
-        blocks = tuple(
-            BlockState(zeros.clone(), zeros.clone(), block.att.initial_wkv(zeros))  # type: ignore[operator,union-attr]
-            for block in self.blocks
-        )
+        blocks = tuple(begun(block, zeros) for block in self.blocks)
         return State(blocks, self.empty_memory(n) if self.config.n_gold else None)
+
+    def add_states(self, names: Iterable[str]) -> None:
+        """Make parts of the initial state parameters: zeros.
+
+        Args: names: blocks.N.att.time_state, blocks.N.att.shift_state, blocks.N.ffn.shift_state.
+        Raises: ValueError for a name that stands for no part of it.
+        """
+        like = self.initial_state(1)
+        places = {
+            f"blocks.{i}.{mixer}.{part}": (getattr(self.blocks[i], mixer), part, x)
+            for i, block in enumerate(like.blocks)
+            for mixer, part, x in (("att", TIME_STATE, block.wkv), ("att", SHIFT_STATE, block.att_shift),
+                                   ("ffn", SHIFT_STATE, block.ffn_shift))
+            if x.numel()
+        }  # fmt: skip
+        for name in names:
+            if name not in places:
+                raise ValueError(f"{name}: a {self.config.arch} model of these sizes has no such state")
+            mixer, part, x = places[name]
+            mixer.register_parameter(part, nn.Parameter(torch.zeros_like(x[0])))
 
     def empty_memory(self, n: int) -> KeyMemory:
         """What the attention of n sequences remembers before their first token: nothing."""

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from infctx.borders import Borders
 from infctx.bptt import Gradient, Runner
 from infctx.loss import IGNORED, token_losses
 from infctx.state import BlockState, KeyMemory, State, pack, select, unpack
@@ -106,16 +105,11 @@ class SegmentGradient(Gradient):
         """The window's loss, whose backward is that of the segment run last."""
         return _Joined.apply(total, *self.left)
 
-    def _forward(self, segments: range, lanes: Tensor, borders: Borders | None = None) -> Tensor:
-        with torch.no_grad():
-            for i, segment in enumerate(segments):
-                if borders is not None:
-                    borders[i] = lanes
-                with self.drawing(segment):
-                    if self.task.empty(segment):
-                        self.engine.forward(self._nothing)
-                    else:
-                        (lanes,) = self.engine.forward(self._without_graph, segment, lanes, False)
+    def _ahead(self, segment: int, lanes: Tensor) -> Tensor:
+        if self.task.empty(segment):
+            self.engine.forward(self._nothing)
+            return lanes
+        (lanes,) = self.engine.forward(self._without_graph, segment, lanes, False)
         return lanes
 
     @torch.enable_grad()

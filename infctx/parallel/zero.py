@@ -1,6 +1,7 @@
 """Lightning's strategy for DeepSpeed's ZeRO, on GPUs and on CPUs."""
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -57,6 +58,12 @@ class ZeRO(Cut, DeepSpeedStrategy):
         """With an index on CPUs too: DeepSpeed compares it."""
         device = super().root_device
         return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
+
+    def setup(self, trainer: Any) -> None:
+        """Without the warning that DeepSpeed clips gradients itself: so it does."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
+            super().setup(trainer)
 
     def setup_environment(self) -> None:
         """As Lightning's, which refuses CPUs."""

@@ -1,0 +1,1 @@
+"""What is trained when it is not everything."""
