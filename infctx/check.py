@@ -11,12 +11,14 @@ from infctx.borders import StatesConfig
 from infctx.bptt import Runner, run_alone, window_loss
 from infctx.config import ModelConfig
 from infctx.engines import STRATEGIES
+from infctx.job import Job
 from infctx.models.rwkv import RWKV, init_model
 from infctx.ops.backends import available, choose
 from infctx.parallel.config import ParallelConfig
-from infctx.planning import model_config, opened, parallel_of, require_sound, strategy_name
+from infctx.planning import model_config, opened, parallel_of, parts_of, require_sound, strategy_name, tuning_of
 from infctx.plantext import count
 from infctx.segments import Window
+from infctx.training import refuse_optimizer
 
 TINY_SEGMENTS, TINY_TOKENS = 3, 16
 
@@ -28,7 +30,8 @@ def check_recipe(config: Any) -> None:
         raise ValueError(f"check --ranks takes one number of ranks, got {config.ranks}")
     parallel, states = parallel_of(config), StatesConfig(**config.states.as_dict())
     model = _check_model(config)
-    _check_trainer(config.trainer, ranks, model, parallel)
+    _check_trainer(config, ranks, model, parallel)
+    _check_trained(config, model)
     loaders = _check_data(config, ranks, parallel, model)
     size, kernel = 1 if model.arch == "rwkv4" else 16, config.model.kernel
     tiny = init_model(ModelConfig(model.arch, 2, 32, model.vocab_size, size), kernel=_runs_here(kernel))
@@ -48,15 +51,27 @@ def _check_model(config: Any) -> ModelConfig:
     return found
 
 
-def _check_trainer(trainer: Any, ranks: int, model: ModelConfig, parallel: ParallelConfig) -> None:
+def _check_trainer(config: Any, ranks: int, model: ModelConfig, parallel: ParallelConfig) -> None:
+    trainer = config.trainer
     groups = parallel.lane_groups(ranks)
     if str(trainer.devices).isdigit() and int(trainer.devices) * trainer.num_nodes != ranks:
         there = f"trainer.devices {trainer.devices} on trainer.num_nodes {trainer.num_nodes}"
         raise ValueError(f"{there} are not the {ranks} ranks of --ranks: set trainer.devices to {ranks}")
     name = strategy_name(trainer.strategy, ranks)
     parallel.require(STRATEGIES[name].weights, bool(model.n_gold))
+    if (tuning := tuning_of(config.model)) is not None:
+        tuning.require(STRATEGIES[name].weights)
+    if name not in ("single", "ddp"):
+        refuse_optimizer(config.model.optimizer.name)
     print(f"ranks: {ranks}, strategy {name}; {parallel.time} share a document, "
           f"{count(groups, 'group')} with lanes of their own")  # fmt: skip
+
+
+def _check_trained(config: Any, model: ModelConfig) -> None:
+    job = Job(model, 1, 1, 1, tuning=tuning_of(config.model), parts=parts_of(config.model))
+    parameters = list(job.outline().parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    print(f"trained: {trained:,} of {sum(p.numel() for p in parameters):,} parameters")
 
 
 def _check_data(config: Any, ranks: int, parallel: ParallelConfig, model: ModelConfig) -> list[Any]:

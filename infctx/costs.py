@@ -5,14 +5,13 @@ what grows with their number is added. L layers, C channels, B lanes, S segments
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from infctx.bptt import Gradient, WindowGradient, window_loss
@@ -120,7 +119,7 @@ def measure(job: Job, given: Sample | None = None) -> Costs:
 
 def _all_layers(job: Job, made: Made) -> Costs:
     """From few layers, if they are alike but for the first and the last; GoldFinch's, of two kinds, are all run."""
-    if job.config.n_gold or job.config.n_layer <= max(LAYERS):
+    if not job.alike or job.config.n_layer <= max(LAYERS):
         return _simulate(job, made)
     a, b = (_simulate(replace(job, config=replace(job.config, n_layer=n)), made) for n in LAYERS)
     return along(a, b, (job.config.n_layer - LAYERS[0]) / (LAYERS[1] - LAYERS[0]))
@@ -133,9 +132,11 @@ def _simulate(job: Job, made: Made) -> Costs:
     if job.precision == "bf16-mixed":
         autocast = torch.autocast("cpu", torch.bfloat16)
     on_gpu = job.device == "cuda" and job.kernel.split("-")[0] in ("auto", "cuda", "fla")
+    model = job.outline()
+    model.kernel = "cpu" if on_gpu else job.kernel
     with planned_kernels(job.device, job.multiprocessors), ledger:
-        with ledger.naming("weights"), _default(torch.bfloat16 if job.precision == "bf16" else torch.float32):
-            model = RWKV(job.config, "cpu" if on_gpu else job.kernel)
+        with ledger.naming("weights"):
+            _fill(model, torch.bfloat16 if job.precision == "bf16" else torch.float32)
         _say_places(model, ledger)
         optimizer = _optimizer(model, ledger, job)
         with ledger.naming("window"):
@@ -190,7 +191,8 @@ def _runner(ledger: Ledger) -> Any:
 
 def _optimizer(model: RWKV, ledger: Ledger, job: Job) -> Optimizer:
     """As after an earlier step: with its moments, and with the gradients that stay until the next backward."""
-    optimizer = make_optimizer(model, OptimizerConfig())
+    name: Any = job.optimizer.removesuffix("8bit")  # its moments are not of torch: see `plantext.heading`
+    optimizer = make_optimizer(model, OptimizerConfig(name))
     for group in optimizer.param_groups:
         group["foreach"] = True  # here for speed
     with ledger.naming("gradients"):
@@ -212,15 +214,15 @@ def _window(job: Job) -> Window:
     return Window(tokens, targets, start, ids, position)
 
 
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    """New parameters are of this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _fill(model: RWKV, dtype: torch.dtype) -> None:
+    """Storages in place of outlines."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype), p.requires_grad)
+        for name, x in module._buffers.items():
+            if x is not None:
+                module._buffers[name] = torch.empty(x.shape, dtype=dtype)
 
 
 class _Traced(Gradient):

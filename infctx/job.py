@@ -3,11 +3,18 @@
 B lanes, S segments of T tokens.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from infctx.borders import StatesConfig
 from infctx.config import ModelConfig
+from infctx.models.rwkv import RWKV
+from infctx.parts import Part, freeze
+from infctx.tuning.config import Tuning
+from infctx.tuning.tune import apply_tuning
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,7 @@ class Job:
         precision: fp32; bf16-mixed: float32 weights under autocast; bf16: weights in bfloat16.
         kernel: backend of the recurrence. device: cuda or cpu. multiprocessors: of the device, 0 for a CPU.
         time: ranks among which the segments of a window are dealt out.
+        tuning, parts: what is trained; as the recipe has them. optimizer: its name.
     """
 
     config: ModelConfig
@@ -33,6 +41,25 @@ class Job:
     device: str = "cpu"
     multiprocessors: int = 0
     time: int = 1
+    tuning: Tuning | None = None
+    parts: tuple[Part, ...] = ()
+    optimizer: str = "adamw"
+
+    def outline(self) -> RWKV:
+        """The model with what is tuned, and what is frozen so, without contents. Raises: ValueError if it has not."""
+        with torch.device("meta"):
+            model, tuning = RWKV(self.config), self.tuning
+            if tuning is not None:  # pissa is lora with other numbers
+                method = "lora" if tuning.method == "pissa" else tuning.method
+                tuning = replace(tuning, method=method, start=None)
+            freeze(model, (*(apply_tuning(model, tuning) if tuning else ()), *self.parts))
+        return model
+
+    @property
+    def alike(self) -> bool:
+        """Whether the layers are, but for the first and the last one."""
+        named = [part.match for part in self.parts] + ([] if self.tuning is None else self.tuning.targets)
+        return not self.config.n_gold and not any(re.search(r"blocks\.\W*\d", x) for x in named)
 
     @property
     def reach(self) -> int:

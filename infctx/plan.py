@@ -39,10 +39,11 @@ class Run:
     accumulate: int = 1
     epoch_tokens: int | None = None
 
-    @property
-    def whole_weights(self) -> bool:
-        """Whether strategies that cut up the weights are out: the ranks of a wavefront are in different layers."""
-        return self.time > 1 and not self.scan
+    def refuses(self, cut: Cut) -> bool:
+        """Whether `fit` refuses a strategy: where weights must be whole, and where updates must be."""
+        tuning = self.job.tuning
+        whole_weights = (self.time > 1 and not self.scan) or (tuning is not None and tuning.learns_state)
+        return (cut.weights and whole_weights) or (cut.name not in ("single", "ddp") and self.job.optimizer != "adamw")
 
     @property
     def share(self) -> int:
@@ -86,7 +87,7 @@ class Forecast:
     def rows(self, ranks: list[int], names: list[str] | None = None) -> list[Row]:
         """All strategies that there are on these numbers of ranks."""
         cuts = [STRATEGIES[name] for name in names or STRATEGIES]
-        cuts = [cut for cut in cuts if not (cut.weights and self.run.whole_weights)]
+        cuts = [cut for cut in cuts if not self.run.refuses(cut)]
         return [self.row(cut, n) for n in ranks for cut in cuts if (cut.name == "single") == (n == 1)]
 
     def row(self, cut: Cut, ranks: int) -> Row:

@@ -15,10 +15,12 @@ from infctx.job import Job, require_steps
 from infctx.ops.backends import require_known
 from infctx.optim import OptimizerConfig
 from infctx.parallel.config import ParallelConfig
+from infctx.parts import Part
 from infctx.plan import Forecast, Run
 from infctx.plantext import explain, heading, table
 from infctx.segments import Plan
 from infctx.training import refuse_precision, refuse_strategy
+from infctx.tuning.config import Tuning
 from infctx.weights import read_model
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
@@ -83,7 +85,8 @@ def _run_of(config: Any) -> Run:
     job = Job(
         sizes, data.batch_size, data.segment_length, segments, model.horizon,
         StatesConfig(**config.states.as_dict()), PRECISIONS.get(str(trainer.precision), "fp32"), model.kernel,
-        device.kind, device.multiprocessors,
+        device.kind, device.multiprocessors, tuning=tuning_of(model), parts=parts_of(model),
+        optimizer=model.optimizer.name,
     )  # fmt: skip
     return Run(job, device, parallel.time, parallel.schedule == "scan", trainer.accumulate_grad_batches, tokens)
 
@@ -95,8 +98,6 @@ def require_sound(config: Any) -> None:
     require_known(model.kernel)
     if str(trainer.accelerator) not in ACCELERATORS:
         raise ValueError(f"trainer.accelerator {trainer.accelerator} is not supported: choose auto, cpu or gpu")
-    if model.tuning is not None:
-        raise ValueError("model.tuning: only null (all weights) is there in this version")
     if model.horizon is not None and model.horizon < 1:
         raise ValueError(f"model.horizon must be at least 1 segment, or null for the whole window, got {model.horizon}")
     sizes = {f"data.{key}": data[key] for key in ("segment_length", "segments_per_window", "batch_size")}
@@ -123,6 +124,16 @@ def strategy_name(strategy: Any, ranks: int) -> str:
     if kind not in names:
         refuse_strategy(kind)
     return names[kind]
+
+
+def tuning_of(model: Any) -> Tuning | None:
+    """Of the section `model`."""
+    return None if model.tuning is None else Tuning(**model.tuning.as_dict())
+
+
+def parts_of(model: Any) -> tuple[Part, ...]:
+    """Of the section `model`."""
+    return tuple(Part(**part.as_dict()) for part in model.parts)
 
 
 def model_config(model: Any) -> ModelConfig:

@@ -77,7 +77,7 @@ class InfctxModule(pl.LightningModule):
             self.model = init_model(init, seed=torch.initial_seed() % 2**63, kernel=kernel)
         else:
             raise ValueError("model: give load (weights to start from) or init (sizes of a new model)")
-        self.horizon, self.optimizer, self.l2_penalty = horizon, optimizer, l2_penalty
+        self.horizon, self.optimizer, self.tuning, self.l2_penalty = horizon, optimizer, tuning, l2_penalty
         self.base = Base(load, self.model, tuning) if load and tuning and tuning.adapter else None
         self.parts = (*(() if tuning is None else apply_tuning(self.model, tuning)), *parts)
         freeze(self.model, self.parts)
@@ -104,6 +104,8 @@ class InfctxModule(pl.LightningModule):
         if isinstance(strategy, Cut):
             refuse_optimizer(self.optimizer.name)
             self.outline, self.runner = strategy.outline(self.model), strategy.runner
+            if self.tuning is not None:
+                self.tuning.require(strategy.in_pieces)
         if self.parallel.time > 1 and not isinstance(self.runner, Wavefront | Scan):
             self.runner = self._over_time()
         need = self.trainer.datamodule.tokenizer.vocab_size  # type: ignore[attr-defined]

@@ -21,9 +21,11 @@ from infctx.engines import STRATEGIES, peak, phases_on
 from infctx.job import Job
 from infctx.ops.planned import KEEPS
 from infctx.optim import OptimizerConfig, make_optimizer
+from infctx.parts import Part
 from infctx.plan import Forecast, Run, forward_operations
 from infctx.plantext import explain, table
 from infctx.segments import Window
+from infctx.tuning.config import Tuning
 
 CUDA = Path(__file__).parents[1] / "cuda"
 
@@ -263,3 +265,15 @@ def test_devices():
     assert here.memory > 1e8 and here.fp32 > 1e9 and here.bandwidth > 1e8
     with pytest.raises(ValueError, match="choose one of: measured, b200, h200"):
         find("h2000")
+
+
+def test_what_is_tuned_is_planned():
+    """Adapters and learnt states have the gradients and moments; what nothing is learnt from needs no gradient."""
+    full, lora, state = (measure(job(layers=6, tuning=x)) for x in (None, Tuning("lora", rank=4), Tuning("state")))
+    width, size = 64, 16
+    assert state.trained == 6 * width * size and state.parameters == full.parameters + state.trained
+    assert lora.trained == lora.parameters - full.parameters == 6 * 4 * (8 * width + 2 * (width + 4 * width))
+    assert lora.phases["step"]["optimizer"] < full.phases["step"]["optimizer"] / 5
+    frozen = measure(job(layers=6, parts=(Part("blocks.1.*", train=False),)))
+    some = full.trained - frozen.trained
+    assert some == sum(p.numel() for p in job(layers=6).outline().blocks[1].parameters())

@@ -60,6 +60,11 @@ class Tuning:
         """Whether the initial state is learnt."""
         return self.method == "state" or self.state_lr is not None
 
+    def require(self, in_pieces: bool) -> None:
+        """Raises: ValueError for a state learnt where the weights are cut up over ranks."""
+        if in_pieces and self.learns_state:
+            raise ValueError("model.tuning: a state that is learnt needs whole weights: choose ddp, zero1 or zero2")
+
     @property
     def adapter(self) -> bool:
         """Whether layers get adapters."""
