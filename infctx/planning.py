@@ -9,12 +9,12 @@ from infctx.config import ModelConfig
 from infctx.costs import Job
 from infctx.data import DocumentData
 from infctx.devices import find
-from infctx.documents import Source
 from infctx.ops.backends import require_known
 from infctx.parallel.config import ParallelConfig
 from infctx.plan import Forecast, Run
 from infctx.plantext import explain, heading, table
 from infctx.segments import Plan
+from infctx.sources import as_sources
 from infctx.training import refuse_precision
 from infctx.weights import read_model
 
@@ -94,7 +94,7 @@ def _documents(data: Any, tokens: int | None) -> np.ndarray | None:
     if tokens is not None:
         return None
     try:
-        return opened(data).train.inputs
+        return opened(data).lengths(0)
     except ValueError:
         if data.segments_per_window == "document":
             raise ValueError(
@@ -108,8 +108,7 @@ def opened(data: Any) -> DocumentData:
     """The prepared documents of a section `data`. Raises: ValueError if there are none."""
     options = data.as_dict()
     for key in ("source", "validation"):
-        if isinstance(options[key], dict):
-            options[key] = Source(**options[key])
+        options[key] = as_sources(options[key])
     made = DocumentData(**{k: v for k, v in options.items() if k != "parallel"})
     made.setup("fit")
     return made
