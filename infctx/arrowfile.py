@@ -7,6 +7,8 @@ import numpy as np
 
 from infctx.segments import Document
 
+EACH = 256  # what a document that is held takes besides its tokens, in tokens
+
 
 class Rows:
     """Documents on their way into an Arrow file.
@@ -33,7 +35,7 @@ class Rows:
     def add(self, made: Document, supervised: int, source: int) -> None:
         """One more, at the end."""
         self._held.append((made, supervised, source))
-        self._tokens += len(made.tokens)
+        self._tokens += len(made.tokens) + EACH
         if self._tokens > self._flush_at:
             self._flush()
 

@@ -15,7 +15,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from infctx.arrowfile import Rows
-from infctx.formats import document, function_source, shorten, targets
+from infctx.formats import document, load_function, shorten, targets
 from infctx.records import data_set, records
 from infctx.segments import Document
 from infctx.sources import Source, listed
@@ -205,7 +205,7 @@ def _digest(sources: list[Source], tokenizer: Tokenizer) -> str:
     for source in sources:
         total.update(json.dumps(source.settings).encode())
         if source.callable:
-            total.update(hashlib.sha256(function_source(source.format)).digest())
+            total.update(hashlib.sha256(load_function(source.format)[1]).digest())
         if source.template == "tokenizer":
             total.update(hashlib.sha256(load_template(tokenizer.name)[0].encode()).digest())
         total.update(_contents(source).encode())

@@ -27,7 +27,7 @@ def document(record: Any, source: Source, tokenizer: Tokenizer) -> Document:
     Raises: ValueError saying what is wrong with the record; where it stands is for the caller to say.
     """
     if source.callable:
-        return _checked(load_function(source.format)(record, tokenizer), source, tokenizer)
+        return _checked(load_function(source.format)[0](record, tokenizer), source, tokenizer)
     if source.format == "binidx":
         return binidx(record, tokenizer)
     if source.format == "messages" and source.template == "tokenizer":
@@ -114,9 +114,10 @@ def targets(made: Document) -> int:
 
 
 @lru_cache(maxsize=8)
-def load_function(name: str) -> Callable[[Any, Tokenizer], Any]:
-    """A user's function, of a module in the working folder or installed, as (record, tokenizer) -> Document.
+def load_function(name: str) -> tuple[Callable[[Any, Tokenizer], Any], bytes]:
+    """A user's function, of a module in the working folder or installed, and the file it is written in.
 
+    The file is part of the digest of what the function makes; modules that it imports are not.
     Raises: ValueError if it cannot be had.
     """
     module, _, attribute = name.partition(":")
@@ -124,19 +125,14 @@ def load_function(name: str) -> Callable[[Any, Tokenizer], Any]:
     try:
         function = getattr(importlib.import_module(module), attribute)
         takes = len(inspect.signature(function).parameters)
+        written = Path(str(sys.modules[module].__file__)).read_bytes()
     except Exception as error:  # a user's module may raise anything
         raise ValueError(f"data.source.format {name}: cannot be loaded: {type(error).__name__}: {error}") from None
     finally:
         sys.path.remove(str(Path.cwd()))
     if takes not in (1, 2):
         raise ValueError(f"data.source.format {name}: it must take a record, or a record and the tokenizer")
-    return function if takes == 2 else lambda record, _: function(record)
-
-
-def function_source(name: str) -> bytes:
-    """The file that a user's function is written in: part of the digest of what it makes."""
-    load_function(name)
-    return Path(str(inspect.getsourcefile(sys.modules[name.partition(":")[0]]))).read_bytes()
+    return (function if takes == 2 else lambda record, _: function(record)), written
 
 
 def _checked(made: Any, source: Source, tokenizer: Tokenizer) -> Document:

@@ -45,7 +45,7 @@ def messages(given: Any) -> list[Message]:
         if not isinstance(message, Mapping) or any(key not in message for key in keys):
             raise ValueError(f"message {number} must have role and content, or from and value")
         role = message[keys[0]]
-        if role not in ROLES:
+        if str(role) not in ROLES:
             raise ValueError(f"message {number}: role {role!r} is not known; known are: {', '.join(ROLES)}")
         found.append({**message, "role": ROLES[role], "content": _content(message[keys[1]], number)})
     return found
@@ -115,6 +115,10 @@ def load_template(tokenizer: str) -> tuple[str, Callable[..., str]]:
 
     Raises: ValueError if there is none.
     """
+    if tokenizer in ("bytes", "world"):
+        raise ValueError(
+            f"data.source.template: tokenizer {tokenizer} has no chat template: use template world or chatml"
+        )
     try:
         import jinja2
         from transformers import AutoTokenizer
