@@ -68,6 +68,9 @@ class DocumentData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the prepared documents and split them."""
         documents = ArrowDocuments.open(self.path)
+        if len(documents.names) != len(self.sources):
+            raise ValueError(f"data.path {self.path} holds documents of {len(documents.names)} sources, data.source "
+                             f"names {len(self.sources)}: run `infctx prepare` again")  # fmt: skip
         if isinstance(self.validation, Source):
             self.train, self.held_out = documents, ArrowDocuments.open(f"{self.path}/validation")
         elif self.validation:

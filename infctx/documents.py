@@ -139,7 +139,7 @@ def _documents(source: Source, tokenizer: Tokenizer, count: dict[str, int]) -> I
             learnt, short = targets(whole) > 0, len(whole.tokens) < (source.min_tokens or 0)
             pieces = shorten(whole, source) if learnt and not short else []
         except ValueError as error:
-            raise ValueError(f"{where}: {error}" + _mend(str(error))) from None
+            raise ValueError(f"{where}: {error}") from None
         if not pieces:
             count["empty" if not learnt else "short" if short else "long"] += 1
             continue
@@ -152,10 +152,6 @@ def _documents(source: Source, tokenizer: Tokenizer, count: dict[str, int]) -> I
         taken += 1
         if taken == source.limit:
             return
-
-
-def _mend(error: str) -> str:
-    return ": mend the file" if error.startswith(("the text holds", "no key")) or " must be " in error else ""
 
 
 def _write(sources: list[Source], tokenizer: Tokenizer, path: Path, digest: str) -> None:

@@ -27,7 +27,7 @@ def document(record: Any, source: Source, tokenizer: Tokenizer) -> Document:
     Raises: ValueError saying what is wrong with the record; where it stands is for the caller to say.
     """
     if source.callable:
-        return _checked(load_function(source.format)[0](record, tokenizer), source, tokenizer)
+        return _called(record, source, tokenizer)
     if source.format == "binidx":
         return binidx(record, tokenizer)
     if source.format == "messages" and source.template == "tokenizer":
@@ -42,7 +42,10 @@ def encode(parts: Parts, tokenizer: Tokenizer, close: bool = True) -> Document:
         ("".join(text for text, _ in run), learnt)
         for learnt, run in groupby((p for p in parts if p[0]), lambda p: p[1])
     ]
-    ids = [tokenizer.encode(text) for text, _ in runs] or [tokenizer.encode("")]
+    try:
+        ids = [tokenizer.encode(text) for text, _ in runs] or [tokenizer.encode("")]
+    except ValueError as error:  # JSON can spell half of a surrogate pair
+        raise ValueError(f"{error}: mend the file") from None
     mask = [np.full(len(x), learnt) for x, (_, learnt) in zip(ids, runs, strict=False)]
     if close:
         ids.append(np.array([tokenizer.end_of_document], ids[0].dtype))
@@ -135,9 +138,14 @@ def load_function(name: str) -> tuple[Callable[[Any, Tokenizer], Any], bytes]:
     return (function if takes == 2 else lambda record, _: function(record)), written
 
 
-def _checked(made: Any, source: Source, tokenizer: Tokenizer) -> Document:
-    """What a user's function gave, as arrays. Raises: ValueError if that is no document."""
+def _called(record: Any, source: Source, tokenizer: Tokenizer) -> Document:
+    """What a user's function gives, as arrays. Raises: ValueError if it fails, or that is no document."""
     name = f"data.source.format {source.format}"
+    function = load_function(source.format)[0]
+    try:
+        made = function(record, tokenizer)
+    except Exception as error:  # a user's function may raise anything
+        raise ValueError(f"{name} fails: {type(error).__name__}: {error}: mend the function or the record") from error
     if not isinstance(made, tuple) or len(made) != 2:
         raise ValueError(f"{name} must return a Document(tokens, mask), got {type(made).__name__}")
     tokens = np.asarray(made[0])
@@ -162,5 +170,5 @@ def _field(record: Any, column: str, option: str) -> str:
         found = ", ".join(map(repr, list(record)[:5])) if isinstance(record, Mapping) else type(record).__name__
         raise ValueError(f"no key {column!r} (data.source.{option}); found: {found}")
     if not isinstance(record[column], str):
-        raise ValueError(f"{column!r} must be a string, got {type(record[column]).__name__}")
+        raise ValueError(f"{column!r} must be a string, got {type(record[column]).__name__}: mend the record")
     return record[column]

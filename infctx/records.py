@@ -8,9 +8,9 @@ import csv
 import gzip
 import io
 import json
+import logging
 import lzma
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,9 +22,11 @@ from infctx import binidx
 from infctx.jsonstream import JsonStream
 from infctx.sources import HUB, Source
 
+log = logging.getLogger(__name__)
+
 Records = Iterator[tuple[str, Any]]  # (where it stands, what it holds)
 BLOCK = 1 << 20  # bytes that are read together
-ROWS = 64  # of a table that are held at a time
+ROWS = 16  # of a table that are read together: each may be a book
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -33,12 +35,19 @@ def records(source: Source) -> Records:
 
     Raises: FileNotFoundError, or ValueError naming the file, the place in it and the mend.
     """
-    if source.is_hub or source.is_saved:
+    if source.is_hub or (source.is_saved and source.format != "binidx"):
         yield from _rows(data_set(source).with_format("arrow").iter(ROWS), source.path)
         return
     if source.split is not None:
         raise ValueError("data.source.split is for data sets by name or saved by `datasets`: leave it out")
-    for file in source.files():
+    files = source.files()
+    whole = [file for file in files if _is_whole(file, source) and kind(file) in READ]
+    if whole and source.format == "text":
+        log.warning(f"data.source {source.label}: {len(whole)} such as {whole[0].name} are read whole, each as a "
+                    "document; to read a column of their records name it in data.source.column")  # fmt: skip
+    for file in files:
+        if source.key is not None and (kind(file) != ".json" or _is_whole(file, source)):
+            raise ValueError(f"{file}: data.source.key is for records in .json files: leave it out")
         yield from _file(file, source)
 
 
@@ -69,14 +78,15 @@ def kind(file: Path) -> str:
     return Path(file.stem).suffix.lower() if file.suffix.lower() in OPEN else file.suffix.lower()
 
 
+def _is_whole(file: Path, source: Source) -> bool:
+    """Whether a file is read by the format alone, whatever its suffix."""
+    text = source.format == "text" and source.column is None and kind(file) not in TABLES
+    return text or source.format in ("jsonl", "binidx")
+
+
 def _file(file: Path, source: Source) -> Records:
-    read: Callable[..., Records] = READ.get(kind(file), _text)
-    if source.format == "binidx":
-        read = _tokens
-    elif source.format == "jsonl":
-        read = _lines
-    elif source.format == "text" and source.column is None and kind(file) not in TABLES:
-        read = _text
+    own = {"binidx": _tokens, "jsonl": _lines, "text": _text}
+    read = own[source.format] if _is_whole(file, source) else READ.get(kind(file), _text)
     try:
         yield from read(file, source)
     except DAMAGED as error:
@@ -142,7 +152,7 @@ def _json(file: Path, source: Source) -> Records:
 
 
 def _csv(file: Path, _: Source) -> Records:
-    csv.field_size_limit(sys.maxsize)  # else a document has at most 131,072 characters
+    csv.field_size_limit((1 << 31) - 1)  # else a document has at most 131,072 characters
     with _open(file) as stream:
         lines = csv.reader(
             io.TextIOWrapper(stream, "utf-8-sig", newline=""),
@@ -188,7 +198,7 @@ def _arrow(file: Path, _: Source) -> Records:
             else:  # the other of the two layouts, which `datasets` writes
                 stream.seek(0)
                 batches = iter(pa.ipc.open_stream(stream))
-            yield from _rows((part for batch in batches for part in _slices(batch)), str(file))
+            yield from _rows((part for batch in batches for part in _slices(batch, ROWS)), str(file))
     except pa.ArrowException as error:
         raise ValueError(f"{file}: not a whole Arrow file: {_first(error)}: copy the file again") from None
 
@@ -201,13 +211,14 @@ def _tokens(file: Path, _: Source) -> Records:
 def _rows(batches: Iterator[Any], name: str) -> Records:
     number = 0
     for batch in batches:
-        for record in batch.to_pylist():
-            number += 1
-            yield f"{name}, record {number}", record
+        for part in _slices(batch, max(1, len(batch) * BLOCK // max(1, batch.nbytes))):
+            for record in part.to_pylist():
+                number += 1
+                yield f"{name}, record {number}", record
 
 
-def _slices(batch: Any) -> Iterator[Any]:
-    return (batch.slice(i, ROWS) for i in range(0, len(batch), ROWS))
+def _slices(batch: Any, rows: int) -> Iterator[Any]:
+    return (batch.slice(i, rows) for i in range(0, len(batch), rows))
 
 
 def _first(error: Exception) -> str:

@@ -48,7 +48,8 @@ class Source:
             conversation; binidx: tokens as they are; module:function: your own, (record, tokenizer) -> Document.
         column: text, jsonl: the one that holds the text; messages: the conversation (messages or conversations).
         columns: completion, instruction: the columns, in order; an empty or null one is left out with its prefix.
-        prefix, suffix: completion, instruction: text before and after each column.
+        prefix, suffix: completion, instruction: text before and after each column; a space that ends a prefix is
+            learnt with the word after it.
         template: messages: world, chatml, or tokenizer: the tokenizer's own chat template, through transformers.
         learn: columns or roles to be learnt; left out: the last column, the assistant.
         learn_prefix: also learn the prefixes of what is learnt.
@@ -89,6 +90,8 @@ class Source:
         for option in sorted(frozenset().union(*OPTIONS.values()) - OPTIONS.get(self.format, frozenset())):
             if getattr(self, option) not in (None, False):
                 raise ValueError(f"data.source.{option} means nothing to format {self.format}: leave it out")
+        if self.is_hub and self.format == "binidx":
+            raise ValueError("data.source.format binidx is for pairs of files: give data.source.path of one")
         self._check_numbers()
         self._check_columns()
 

@@ -242,9 +242,10 @@ def test_your_own_function(tmp_path, monkeypatch):
         (([1, 2], [True]), "2 tokens and 1 of the mask"),
         (([1, 257], None), "token id 257 is not of tokenizer bytes"),
         (([-1, 2], None), "token id -1 is not of"),
+        (None, "ours_formats:bad fails: KeyError: 'x': mend the function or the record"),
     ):
         with pytest.raises(ValueError, match=message):
-            document({"x": given}, Source("x", "ours_formats:bad"), BYTES)
+            document({} if given is None else {"x": given}, Source("x", "ours_formats:bad"), BYTES)
     for name, message in (("none", "it must take a record"), ("missing", "cannot be loaded: AttributeError")):
         with pytest.raises(ValueError, match=message):
             load_function(f"ours_formats:{name}")

@@ -80,10 +80,11 @@ def test_text_is_a_record(tmp_path, packing):
     assert (where, record) == (str(file), {"text": "Zwölf\r\n🐢" + "\ufeffZwölf\r\n🐢" * 2})
 
 
-def test_a_file_is_a_document_of_format_text_unless_a_column_is_named(tmp_path):
+def test_a_file_is_a_document_of_format_text_unless_a_column_is_named(tmp_path, caplog):
     (tmp_path / "a.json").write_text('[{"text": "x"}]')
     assert [r for _, r in records(Source(str(tmp_path / "a.json")))] == [{"text": '[{"text": "x"}]'}]
     assert [r for _, r in records(Source(str(tmp_path / "a.json"), column="text"))] == [{"text": "x"}]
+    assert len(caplog.records) == 1 and "1 such as a.json are read whole, each as a document" in caplog.text
     parquet.write_table(pa.table({"text": ["y"]}), tmp_path / "a.parquet")
     assert [r for _, r in records(Source(str(tmp_path / "a.parquet")))] == [{"text": "y"}]
 
@@ -224,6 +225,14 @@ BAD = [
     ("a.jsonl", GOOD * 2, {"format": "jsonl", "max_tokens": 2, "min_tokens": 2, "column": "text", "limit": 1}, None),
     ("a.txt", b"abcdef", {"max_tokens": 3}, "a.txt: 7 tokens are more than data.source.max_tokens (3): raise it"),
     ("a.txt", b"a", {"split": "test"}, "data.source.split is for data sets by name or saved by `datasets`"),
+    ("a.jsonl", GOOD, {"format": "jsonl", "key": "a"}, "a.jsonl: data.source.key is for records in .json files"),
+    ("a.csv", b"text\na\n", PAIR | {"key": "a"}, "a.csv: data.source.key is for records in .json files"),
+    (
+        "a.jsonl",
+        b'{"text": "\\ud800"}',
+        {"format": "jsonl"},
+        "(U+D800, character 0), which is no character: mend the file",
+    ),
     ("x.idx", b"nothing", {"format": "binidx"}, "x.idx: not the index of a binidx pair: it must begin with MMIDIDX"),
     (
         "x.idx",
