@@ -199,6 +199,22 @@ def test_bad_lists(tmp_path):
     assert (as_sources({"path": "x"}), as_sources(0.5)) == (Source("x"), 0.5)
 
 
+@pytest.mark.parametrize(("source", "message"), [
+    ("{path: a, tempalte: world}", "data.source: Option 'tempalte' is not accepted"),
+    ("[{path: a}, {path: b, wieght: 2}]", "data.source: Option 'wieght' is not accepted"),
+    ("{path: a, weight: x}", "data.source.weight: Expected a <class 'float'>. Got value: x"),
+    ("{path: a, format: messages, template: alpaca}",
+     "data.source.template: Expected a typing.Literal['world', 'chatml', 'tokenizer']; got alpaca"),
+    ("{path: a, weight: -1}", "data.source.weight must be more than 0, got -1.0"),
+])  # fmt: skip
+def test_slips_in_a_source_are_told_in_a_line(tmp_path, monkeypatch, capsys, source, message):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("{path: texts/*.txt, format: text}", source))
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "prepare", "-c", str(tmp_path / "recipe.yaml"))
+    said = capsys.readouterr().err
+    assert f"infctx: error: {message}" in said and len(said.splitlines()) == 1
+
+
 def test_a_recipe_with_several_sources(tmp_path, monkeypatch, capfd):
     """Fit, resume and plan by a list of sources; another weight is another order."""
     monkeypatch.chdir(make_project(tmp_path / "project"))
