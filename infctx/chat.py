@@ -5,7 +5,6 @@ transcript as one would write it: no half of a stop text, nothing after it, no t
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from infctx.models.rwkv import RWKV
 from infctx.sampling import Sampling
 from infctx.state import State
 from infctx.statefile import load_state, save_state
+from infctx.templates import clean
 from infctx.tokenizer import Tokenizer
 
 STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")  # empty lines alone do not end a reply: thoughts hold them
@@ -122,11 +122,6 @@ def split_thought(reply: str) -> tuple[str, str]:
         return "", reply
     thought, _, answer = reply.partition("</think>")
     return thought.removeprefix(THINK).removeprefix(">").strip(), answer.strip()
-
-
-def clean(text: str) -> str:
-    """A text that no empty line ends before its time: runs of newlines are one, and there is no space around."""
-    return re.sub(r"(\r?\n)+", "\n", text).strip()
 
 
 def _prefix(think: bool, tools: bool) -> str:

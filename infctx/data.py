@@ -8,9 +8,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from infctx.documents import ArrowDocuments, Source, prepare
+from infctx.documents import ArrowDocuments, prepare
 from infctx.parallel.config import ParallelConfig
 from infctx.segments import Plan, Window, WindowLoader
+from infctx.sources import Source, chosen, listed
 from infctx.tokenizer import load_tokenizer
 
 
@@ -18,7 +19,7 @@ class DocumentData(pl.LightningDataModule):
     """Documents of any length, in lanes.
 
     Args:
-        source: where documents come from.
+        source: where documents come from: one, or a list of them.
         path: the folder where `prepare` keeps the tokens; `fit` prepares what is missing or stale.
         tokenizer: bytes, world, a tokenizer.json or a folder with one, or owner/name on the Hugging Face hub.
         segment_length: tokens T of one forward of the model.
@@ -32,7 +33,7 @@ class DocumentData(pl.LightningDataModule):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | list[Source],
         path: str,
         tokenizer: str = "bytes",
         segment_length: int = 512,
@@ -46,7 +47,11 @@ class DocumentData(pl.LightningDataModule):
         for key, value in sizes.items():
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"data.{key} must be at least 1, got {value}")
-        self.source, self.path, self.tokenizer, self.validation = source, path, load_tokenizer(tokenizer), validation
+        self.sources = listed(source)
+        self.weights = [x.weight for x in self.sources]
+        if isinstance(validation, Source) and validation.weight != 1:
+            raise ValueError("data.validation.weight: each held-out document is read once: leave it out")
+        self.path, self.tokenizer, self.validation = path, load_tokenizer(tokenizer), validation
         self.segment_length, self.batch_size, self.parallel = segment_length, batch_size, parallel
         self.segments_per_window = None if segments_per_window == "document" else int(segments_per_window)
         self.plan = lru_cache(maxsize=2)(self._plan)
@@ -56,13 +61,16 @@ class DocumentData(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenise what is missing or stale; Lightning calls it on one rank of each machine."""
-        prepare(self.source, self.tokenizer, self.path)
+        prepare(self.sources, self.tokenizer, self.path)
         if isinstance(self.validation, Source):
             prepare(self.validation, self.tokenizer, f"{self.path}/validation")
 
     def setup(self, stage: str) -> None:
         """Open the prepared documents and split them."""
         documents = ArrowDocuments.open(self.path)
+        if len(documents.names) != len(self.sources):
+            raise ValueError(f"data.path {self.path} holds documents of {len(documents.names)} sources, data.source "
+                             f"names {len(self.sources)}: run `infctx prepare` again")  # fmt: skip
         if isinstance(self.validation, Source):
             self.train, self.held_out = documents, ArrowDocuments.open(f"{self.path}/validation")
         elif self.validation:
@@ -89,7 +97,8 @@ class DocumentData(pl.LightningDataModule):
     def train_dataloader(self) -> WindowLoader:
         """The windows of the epoch that the trainer is in."""
         same = {"digest": self.train.digest, "lanes": self.lanes, "seed": self.seed, "documents": len(self.train),
-                "segment_length": self.segment_length, "segments_per_window": self.segments_per_window}  # fmt: skip
+                "segment_length": self.segment_length, "segments_per_window": self.segments_per_window,
+                "source.weight": None if self._chosen(0) is None else self.weights}  # fmt: skip
         accumulate = self.trainer.accumulate_grad_batches
         identity = {f"data.{key}": x for key, x in same.items()} | {"trainer.accumulate_grad_batches": accumulate}
         epoch = self.trainer.current_epoch
@@ -119,15 +128,21 @@ class DocumentData(pl.LightningDataModule):
             if steps < 0:
                 raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
             return steps
-        # Numbered windows are as many in each epoch; whole documents fall together differently each time.
-        every = range(epochs) if self.segments_per_window is None else [0] * epochs
+        # Numbered windows of the same documents are as many; whole ones fall together differently each time.
+        same = self.segments_per_window is not None and all(float(x).is_integer() for x in self.weights)
+        every = [0] * epochs if same else range(epochs)
         total = sum(self.steps_in(epoch) for epoch in every)
         return total if steps < 0 else min(total, steps)
 
     def total_tokens(self) -> tuple[int, int]:
         """Tokens and documents that the run will have read at its end, on all ranks."""
         epochs = self.total_steps() / max(1, self.steps_in(0))
-        return round(epochs * int(self.train.inputs.sum())), math.ceil(epochs * len(self.train))
+        return round(epochs * self.plan(0).tokens), math.ceil(epochs * len(self.lengths(0)))
+
+    def lengths(self, epoch: int) -> np.ndarray:
+        """Input tokens of each document that an epoch reads, as often as it reads it."""
+        rows = self._chosen(epoch)
+        return self.train.inputs if rows is None else self.train.inputs[rows]
 
     def describe(self, horizon: int | None) -> str:
         """What an epoch is made of, in a few lines for the log."""
@@ -138,13 +153,16 @@ class DocumentData(pl.LightningDataModule):
             f"longest {int(d.inputs.max()):,}; left out, without a target: {d.left_out:,}; "
             f"held out: {len(self.held_out or ()):,}\n"
             f"plan: {self.lanes} lanes, {windows:,} windows and {steps:,} optimizer steps an epoch, "
-            f"{tokens / steps:,.0f} tokens a step; padding {plan.padding:.2%}; "
+            f"{plan.tokens / steps:,.0f} tokens a step; padding {plan.padding:.2%}; "
             f"tokens whose gradient is cut before their document begins: {plan.cut(horizon):.2%}"
         )
 
     def _plan(self, epoch: int) -> Plan:
         shape = (self.lanes, self.segment_length, self.segments_per_window)
-        return Plan(self.train.inputs, *shape, self.seed, epoch)
+        return Plan(self.train.inputs, *shape, self.seed, epoch, self._chosen(epoch))
+
+    def _chosen(self, epoch: int) -> np.ndarray | None:
+        return chosen(self.train.source, self.weights, epoch)
 
     def _limit(self, epoch: int) -> int | None:
         limit = self.trainer.limit_train_batches

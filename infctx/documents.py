@@ -1,4 +1,4 @@
-"""From files to documents, and from documents to tokens on disk that are read a stretch at a time.
+"""From records to tokens on disk that are read a stretch at a time.
 
 `prepare` writes one Arrow file and a `prepared.json` that names it and says what it was made from.
 """
@@ -6,9 +6,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from glob import glob
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,68 +14,53 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from infctx.arrowfile import Rows
+from infctx.formats import document, load_function, shorten, targets
+from infctx.records import data_set, records
 from infctx.segments import Document
+from infctx.sources import Source, listed
+from infctx.templates import load_template
 from infctx.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1  # of the Arrow file; part of the digest
+LAYOUT = 2  # of the Arrow file; part of the digest
 FLUSH = 1 << 22  # tokens held before they are written: bounds the memory of `prepare`
+KEPT = ("documents", "tokens", "supervised")
+LEFT_OUT = {
+    "empty": "without a target", "short": "shorter than min_tokens", "long": "longer than max_tokens",
+    "bare": "pieces of split ones without a target",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where documents come from.
-
-    Args:
-        path: a file, a folder (all files in it) or a pattern such as books/*.txt.
-        format: text: a file is a document; jsonl: a line is a document.
-        column: jsonl: the key that holds the text.
-    """
-
-    path: str
-    format: str = "text"
-    column: str = "text"
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ValueError(f"data.source.format {self.format!r} is not known; choose one of: {', '.join(FORMATS)}")
-
-    def files(self) -> list[Path]:
-        """The files, by name. Raises: FileNotFoundError if there is none."""
-        whole, prepared = Path(self.path), "prepared.json"
-        if whole.is_dir():  # without hidden files, and without what `prepare` itself put there
-            found = [x for x in whole.rglob("*") if x.name[0] != "." and not (x.parent / prepared).exists()]
-        else:
-            found = [whole] if whole.is_file() else [Path(x) for x in glob(self.path, recursive=True)]  # noqa: PTH207 (absolute patterns too)
-        files = sorted(file for file in found if file.is_file())
-        if not files:
-            raise FileNotFoundError(f"data.source.path {self.path!r}: no such file")
-        return files
-
-
-def prepare(source: Source, tokenizer: Tokenizer, path: str | Path) -> "ArrowDocuments":
-    """Tokenise a source into `path`, or find that this was done with the same contents, tokenizer and settings.
+def prepare(sources: Source | Sequence[Source], tokenizer: Tokenizer, path: str | Path) -> "ArrowDocuments":
+    """Tokenise sources into `path`, or find that this was done with the same contents, tokenizer and settings.
 
     Raises: FileNotFoundError, or ValueError naming the file (and line) that cannot be used, or if nothing is left.
     """
-    path = Path(path)
+    path, every = Path(path), listed(sources)
     path.mkdir(parents=True, exist_ok=True)
+    for source in every:
+        for warning in source.warnings():
+            log.warning(warning)
     with FileLock(path / ".lock"):
-        digest = _digest(source, tokenizer)
+        digest = _digest(every, tokenizer)
         meta = _read_meta(path)
         if meta and meta["digest"] == digest:
             print(f"data: {path} is up to date, digest {digest[:16]}")
+            _write_meta(path, meta | {"names": [source.label for source in every]})
         else:
             if meta:
                 print(f"data: {path} is stale (digest {meta['digest'][:16]}): source, tokenizer or settings changed")
             try:
-                _write(source, tokenizer, path, digest)
+                _write(every, tokenizer, path, digest)
             except BaseException:
                 (path / f"{digest[:16]}.arrow.part").unlink(missing_ok=True)
                 raise
             print(f"data: prepared {path}, digest {digest[:16]}")
-    return ArrowDocuments.open(path)
+        opened = ArrowDocuments.open(path)
+    print(*opened.account(), sep="\n")
+    return opened
 
 
 class ArrowDocuments:
@@ -85,7 +68,8 @@ class ArrowDocuments:
 
     Attributes:
         inputs: (documents,) int64, tokens of each but its last; supervised: (documents,) int64, targets to be learnt.
-        digest: of source, tokenizer and settings; left_out: documents without a target.
+        source: (documents,) int32, which of the sources each is of; names: of the sources.
+        digest: of sources, tokenizer and settings; left_out: documents without a target.
     """
 
     def __init__(self, table: Any, meta: dict[str, Any], rows: np.ndarray | None = None) -> None:
@@ -97,17 +81,19 @@ class ArrowDocuments:
         self._rows = np.arange(len(lengths)) if rows is None else rows
         self.inputs = lengths[self._rows].astype(np.int64) - 1
         self.supervised = table.column("supervised").to_numpy()[self._rows]
-        self.digest, self.left_out = meta["digest"], meta["left_out"]
+        self.source, self.names = table.column("source").to_numpy()[self._rows], meta["names"]
+        self.digest, self.left_out = meta["digest"], sum(count["empty"] for count in meta["counts"])
 
     @classmethod
     def open(cls, path: str | Path) -> "ArrowDocuments":
         """Raises: ValueError if the folder holds no whole prepared data."""
-        from datasets import Dataset  # takes seconds to import
+        import pyarrow as pa
 
         meta = _read_meta(Path(path))
         if meta is None:
             raise ValueError(f"{path} holds no prepared data, or not all of it: run `infctx prepare` again")
-        return cls(Dataset.from_file(str(Path(path, meta["file"]))).data, meta)
+        with pa.memory_map(str(Path(path, meta["file"]))) as file:  # what was read goes on to map it
+            return cls(pa.ipc.open_stream(file).read_all(), meta)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -115,6 +101,16 @@ class ArrowDocuments:
     def subset(self, rows: np.ndarray) -> "ArrowDocuments":
         """Some of the documents, renumbered."""
         return ArrowDocuments(self._table, self._meta, self._rows[rows])
+
+    def account(self) -> list[str]:
+        """What became of each source, a line for each."""
+        lines = []
+        for name, count in zip(self.names, self._meta["counts"], strict=True):
+            kept = f"{count['documents']:,} documents, {count['tokens']:,} tokens ({count['supervised']:,} supervised)"
+            gone = "".join(f"; left out, {why}: {count[key]:,}" for key, why in LEFT_OUT.items() if count[key])
+            split = f"; {count['split']:,} were split into {count['pieces']:,}" if count["split"] else ""
+            lines.append(f"data: {name}: {kept}{gone}{split}")
+        return lines
 
     def tokens(self, document: int, begin: int, end: int) -> np.ndarray:
         """Tokens begin to end of a document: a view."""
@@ -134,102 +130,95 @@ class ArrowDocuments:
         return *self._chunks[chunk], row - int(self._first[chunk])
 
 
-def _text(source: Source) -> Iterator[tuple[str, str]]:
-    for file in source.files():
+def _documents(source: Source, tokenizer: Tokenizer, count: dict[str, int]) -> Iterator[Document]:
+    """The documents of a source that are kept; what became of each record is added to `count`."""
+    taken = 0
+    for where, record in records(source):
         try:
-            yield str(file), file.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            bad = f"byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8"
-            raise ValueError(f"{file}: {bad}: save the file as UTF-8") from None
+            whole = document(record, source, tokenizer)
+            learnt, short = targets(whole) > 0, len(whole.tokens) < (source.min_tokens or 0)
+            pieces = shorten(whole, source) if learnt and not short else []
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not pieces:
+            count["empty" if not learnt else "short" if short else "long"] += 1
+            continue
+        kept = [piece for piece in pieces if targets(piece)]
+        if len(pieces) > 1:
+            count["split"] += 1
+            count["pieces"] += len(kept)
+            count["bare"] += len(pieces) - len(kept)
+        yield from kept
+        taken += 1
+        if taken == source.limit:
+            return
 
 
-def _jsonl(source: Source) -> Iterator[tuple[str, str]]:
-    for file in source.files():
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"{file}, line {number}", _field(line, source.column, f"{file}, line {number}")
-
-
-def _field(line: bytes, column: str, where: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-        raise ValueError(f"{where}: not JSON in UTF-8: {error}") from None
-    if not isinstance(record, dict) or column not in record:
-        found = ", ".join(map(repr, list(record)[:5])) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: no key {column!r} (data.source.column); found: {found}")
-    if not isinstance(record[column], str):
-        raise ValueError(f"{where}: {column!r} must be a string, got {type(record[column]).__name__}")
-    return record[column]
-
-
-# format -> (where, text) of each document. A closing end-of-document token is added to the text.
-FORMATS: dict[str, Callable[[Source], Iterator[tuple[str, str]]]] = {"text": _text, "jsonl": _jsonl}
-
-
-def _document(text: str, where: str, tokenizer: Tokenizer) -> Document:
-    try:
-        ids = tokenizer.encode(text)
-    except ValueError as error:  # JSON can spell half of a surrogate pair
-        raise ValueError(f"{where}: {error}: mend the file") from None
-    return Document(np.append(ids, ids.dtype.type(tokenizer.end_of_document)))
-
-
-def _write(source: Source, tokenizer: Tokenizer, path: Path, digest: str) -> None:
-    from datasets import Features, LargeList, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    features = Features(
-        {"tokens": LargeList(Value(dtype)), "mask": LargeList(Value("bool")), "supervised": Value("int64")}
-    )
+def _write(sources: list[Source], tokenizer: Tokenizer, path: Path, digest: str) -> None:
     file, part = path / f"{digest[:16]}.arrow", path / f"{digest[:16]}.arrow.part"
-    kept = left_out = held = 0
-    with ArrowWriter(path=str(part), features=features) as writer:
-        for where, text in tqdm(FORMATS[source.format](source), desc="prepare", unit=" documents", delay=1):
-            document = _document(text, where, tokenizer)
-            mask = np.ones(len(document.tokens), bool) if document.mask is None else document.mask
-            if not mask[1:].any():
-                left_out += 1
-                continue
-            writer.write({"tokens": document.tokens, "mask": document.mask, "supervised": int(mask[1:].sum())})
-            kept, held = kept + 1, held + len(document.tokens)
-            if held > FLUSH:
-                writer.write_examples_on_file()
-                held = 0
-        if kept:
-            writer.finalize()
-    if not kept:
-        part.unlink(missing_ok=True)
-        raise ValueError(f"data.source.path {source.path!r}: no document with a token to learn ({left_out} empty)")
+    rows = Rows(part, tokenizer.vocab_size, FLUSH)
+    counts = [dict.fromkeys([*KEPT, *LEFT_OUT, "split", "pieces"], 0) for _ in sources]
+    for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+        bar = tqdm(_documents(source, tokenizer, count), desc=f"prepare {source.label}", unit=" documents", delay=1)
+        for made in bar:
+            supervised = targets(made)
+            rows.add(made, supervised, number)
+            for key, value in zip(KEPT, (1, len(made.tokens), supervised), strict=True):
+                count[key] += value
+        if not count["documents"]:
+            gone = ", ".join(f"{count[key]} {key}" for key in LEFT_OUT if count[key] or key == "empty")
+            raise ValueError(f"data.source.path {source.path!r}: no document with a token to learn ({gone})")
+    rows.close()
     part.replace(file)
-    meta = {"digest": digest, "file": file.name, "bytes": file.stat().st_size, "documents": kept, "left_out": left_out,
-            "tokenizer": tokenizer.name, "vocab_size": tokenizer.vocab_size, "source": asdict(source)}  # fmt: skip
-    part.write_text(json.dumps(meta, indent=1))
-    part.replace(path / "prepared.json")
+    meta = {"layout": LAYOUT, "digest": digest, "file": file.name, "bytes": file.stat().st_size, "counts": counts,
+            "names": [source.label for source in sources], "tokenizer": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size, "sources": [source.settings for source in sources]}  # fmt: skip
+    _write_meta(path, meta)
     for old in path.glob("[0-9a-f]" * 16 + ".arrow"):
         if old != file:
             old.unlink()
 
 
+def _write_meta(path: Path, meta: dict[str, Any]) -> None:
+    part = path / "prepared.json.part"
+    part.write_text(json.dumps(meta, indent=1))
+    part.replace(path / "prepared.json")
+
+
 def _read_meta(path: Path) -> dict[str, Any] | None:
-    """What a folder holds, or None if that is not there whole."""
+    """What a folder holds, or None if that is not there whole, or laid out otherwise than now."""
     try:
         meta = json.loads((path / "prepared.json").read_text())
-        return meta if (path / meta["file"]).stat().st_size == meta["bytes"] else None
+        whole = meta["layout"] == LAYOUT and (path / meta["file"]).stat().st_size == meta["bytes"]
+        return meta if whole else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _digest(source: Source, tokenizer: Tokenizer) -> str:
+def _digest(sources: list[Source], tokenizer: Tokenizer) -> str:
     total = hashlib.sha256()
-    settings = [LAYOUT, source.format, source.column, tokenizer.fingerprint, tokenizer.vocab_size]
-    total.update(json.dumps(settings).encode())
+    total.update(json.dumps([LAYOUT, tokenizer.fingerprint, tokenizer.vocab_size]).encode())
+    for source in sources:
+        total.update(json.dumps(source.settings).encode())
+        if source.callable:
+            total.update(hashlib.sha256(load_function(source.format)[1]).digest())
+        if source.template == "tokenizer":
+            total.update(hashlib.sha256(load_template(tokenizer.name)[0].encode()).digest())
+        total.update(_contents(source).encode())
+    return total.hexdigest()
+
+
+def _contents(source: Source) -> str:
+    """Equal where the contents of a source are."""
+    if source.is_hub:  # of a revision of the data set, and of how it was read
+        return str(data_set(source)._fingerprint)
+    total = hashlib.sha256()
     for file in source.files():
-        one = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                one.update(block)
-        total.update(one.digest())
+        pair = [file, file.with_suffix(".bin")] if source.format == "binidx" else [file]
+        for each in filter(Path.is_file, pair):
+            one = hashlib.sha256()
+            with each.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    one.update(block)
+            total.update(one.digest())
     return total.hexdigest()

@@ -1,5 +1,6 @@
 """Errors that the user can mend, and parsers that say them in a line."""
 
+import re
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,7 +16,22 @@ class ShortErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises: UserError, always."""
-        raise UserError(message)
+        raise UserError(_in_a_line(message) if "Union subtypes" in message else message)
+
+
+def _in_a_line(message: str) -> str:
+    """What is wrong, where a value could be of several types: jsonargparse tells of each type in many lines."""
+    keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message))
+    reasons = dict.fromkeys(re.findall(r"Option '\S+' is not accepted|(?:[\w.]+: )?Expected a .*", message))
+    if not (keys and reasons):
+        return message
+    unknown = [x for x in reasons if x.startswith("Option")]
+    found = [x for x in reasons if "NoneType" not in x and x != "Expected a <class 'list'>"] or list(reasons)
+    given = re.findall(r"Given value: (.*)", message)
+    told = unknown or "Got value" in message or any("; got " in x for x in found)
+    got = "" if told or not given else f"; got {given[0][:80]}"
+    inner = not found[0].startswith("Expected") and not unknown  # told in a line before, of a key inside this one
+    return f"{'.'.join(keys)}{'.' if inner else ': '}{' or '.join(unknown or found)}{got}"
 
 
 def require_yaml(argv: list[str]) -> None:

@@ -9,7 +9,6 @@ from infctx.borders import StatesConfig
 from infctx.config import ModelConfig
 from infctx.data import DocumentData
 from infctx.devices import find
-from infctx.documents import Source
 from infctx.errors import UserError
 from infctx.job import Job, require_steps
 from infctx.ops.backends import require_known
@@ -19,6 +18,7 @@ from infctx.parts import Part
 from infctx.plan import Forecast, Run
 from infctx.plantext import explain, heading, table
 from infctx.segments import Plan
+from infctx.sources import as_sources
 from infctx.training import refuse_precision, refuse_strategy
 from infctx.tuning.config import Tuning
 from infctx.weights import read_model
@@ -150,7 +150,7 @@ def _documents(data: Any, tokens: int | None) -> np.ndarray | None:
     if tokens is not None:
         return None
     if Path(data.path, "prepared.json").exists():
-        return opened(data).train.inputs
+        return opened(data).lengths(0)
     if data.segments_per_window == "document":
         raise ValueError(f"{_UNPREPARED.format(data.path)}, or give --tokens N of the longest document")
     return None
@@ -162,8 +162,7 @@ def opened(data: Any) -> DocumentData:
         raise ValueError(_UNPREPARED.format(data.path))
     options = data.as_dict()
     for key in ("source", "validation"):
-        if isinstance(options[key], dict):
-            options[key] = Source(**options[key])
+        options[key] = as_sources(options[key])
     made = DocumentData(**{k: v for k, v in options.items() if k != "parallel"})
     made.setup("fit")
     return made

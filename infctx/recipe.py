@@ -17,7 +17,6 @@ from infctx.borders import StatesConfig
 from infctx.check import check_recipe
 from infctx.checkpoint import checkpoints, newest, verify
 from infctx.data import DocumentData
-from infctx.documents import Source
 from infctx.errors import ShortErrors, UserError, require_yaml
 from infctx.parallel.config import ParallelConfig
 from infctx.parallel.launch import cluster_plugins, decide_once, require_world
@@ -25,6 +24,7 @@ from infctx.parallel.watch import Watch
 from infctx.planning import plan_recipe, spell_out
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
+from infctx.sources import as_sources
 from infctx.training import InfctxModule, refuse_precision, refuse_strategy
 
 # The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
@@ -222,8 +222,7 @@ def _decide(config: Namespace) -> tuple[Path, Path | None]:
 def _prepare(config: Namespace) -> None:
     options = config.as_dict()
     for key in ("source", "validation"):
-        if isinstance(options[key], dict):
-            options[key] = Source(**options[key])
+        options[key] = as_sources(options[key])
     DocumentData(**options).prepare_data()
 
 

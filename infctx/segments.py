@@ -106,6 +106,7 @@ class Plan:
         segment_length: T.
         segments_per_window: S, or None: windows hold whole documents and are as long as their longest.
         seed, epoch: of the shuffle.
+        chosen: the documents that the epoch reads, some perhaps several times; None: each once.
     """
 
     def __init__(
@@ -116,14 +117,19 @@ class Plan:
         segments_per_window: int | None,
         seed: int,
         epoch: int,
+        chosen: np.ndarray | None = None,
     ) -> None:
         self.inputs, self.segment_length = inputs, segment_length
+        if chosen is None:
+            chosen = np.arange(len(inputs))
+        inputs = inputs[chosen]
+        self.tokens = int(inputs.sum())
         random = np.random.default_rng([seed, epoch])
         if segments_per_window is None:
             self.borders, lines = _whole(inputs, lanes, segment_length, random)
         else:
             self.borders, lines = _running(inputs, lanes, segment_length * segments_per_window, segment_length, random)
-        self.documents = [np.array([d for d, _ in line], dtype=np.int64) for line in lines]
+        self.documents = [chosen[np.array([d for d, _ in line], dtype=np.int64)] for line in lines]
         self.begins = [np.array([b for _, b in line], dtype=np.int64) for line in lines]
 
     def __len__(self) -> int:
@@ -142,7 +148,7 @@ class Plan:
     @property
     def padding(self) -> float:
         """The share of an epoch's places that hold no token."""
-        return 1 - float(self.inputs.sum()) / (len(self.documents) * self.borders[-1])
+        return 1 - self.tokens / (len(self.documents) * self.borders[-1])
 
     def cut(self, horizon: int | None) -> float:
         """The share of tokens whose gradient ends before the beginning of their document."""
@@ -152,7 +158,7 @@ class Plan:
             window = np.searchsorted(self.borders, begins, "right") - 1
             border = np.minimum(np.take(self.borders, window + 1), self._next_cut(begins, window, reach))
             cut += int(np.maximum(begins + self.inputs[documents] - border, 0).sum())
-        return cut / max(1, int(self.inputs.sum()))
+        return cut / max(1, self.tokens)
 
     def _next_cut(self, begins: np.ndarray, window: np.ndarray, reach: int) -> np.ndarray:
         """The first border of the horizon after each place, in its window."""

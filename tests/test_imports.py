@@ -9,8 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "infctx"
 LEVELS = [
     {"config", "world", "hf_tokenizer", "ops", "errors"},
     {"sizes"},
-    {"tokenizer", "huggingface", "layouts", "state", "segments", "loss", "sampling"},
-    {"memory", "models", "documents", "borders", "lanes"},
+    {"tokenizer", "huggingface", "layouts", "state", "segments", "loss", "sampling", "sources", "jsonstream", "binidx"},
+    {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes"},
+    {"formats"},
+    {"documents"},
     {"task"},
     {"bptt"},
     {"parts"},
