@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from infctx.commands import chat, generate
 from infctx.convert import convert, export_adapter, init, merge
-from infctx.errors import ShortErrors, UserError
+from infctx.errors import ShortErrors, UserError, in_a_line
 from infctx.report import write_report
 from infctx.tuning.states import export_state
 from infctx.weights import load_model, save_model
@@ -95,21 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
-        lines = _shortened(str(error)) or [type(error).__name__]
+        lines = [line for line in in_a_line(str(error)).splitlines() if line.strip()][:4] or [type(error).__name__]
         print(f"infctx: error: {lines[0]}", *lines[1:], sep="\n", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _shortened(message: str) -> list[str]:
-    """At most four lines; of the parser's many about one key, the key and what is wrong with it."""
-    key = re.search(r'Parser key "([^"]+)"', message)
-    if key is None or "Union subtypes" not in message:
-        return [line for line in message.splitlines() if line.strip()][:4]
-    reasons = re.split(r"^\s*- ", message.split("Errors:")[-1].split("Given value type:")[0], flags=re.MULTILINE)
-    reasons = [" ".join(x.split()) for x in reasons if x.strip() and "NoneType" not in x]
-    plain = re.sub(r"<class '([^']+)'>", r"\1", reasons[-1] if reasons else message.splitlines()[-1].strip())
-    plain = re.sub(r'Parser key "([^"]+)":', r"\1:", plain)
-    return [f"{key[1]}: {plain.replace('typing.', '')}"]
 
 
 def _overview() -> str:

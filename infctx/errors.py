@@ -6,6 +6,9 @@ from typing import NoReturn
 
 import yaml
 
+# What jsonargparse says of the types that a value was not meant to be.
+VAGUE = re.compile(r"NoneType|^Expected a (<class 'list'>|list|path but.*|<class 'str'>|str)$")
+
 
 class UserError(ValueError):
     """Shown without a traceback."""
@@ -16,17 +19,24 @@ class ShortErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises: UserError, always."""
-        raise UserError(_in_a_line(message) if "Union subtypes" in message else message)
+        raise UserError(in_a_line(message))
 
 
-def _in_a_line(message: str) -> str:
+def in_a_line(message: str) -> str:
     """What is wrong, where a value could be of several types: jsonargparse tells of each type in many lines."""
+    told = _of_union(message) if "Union subtypes" in message else message
+    return re.sub(r"<class '([^']+)'>|typing\.(?=\w)", r"\1", told)
+
+
+def _of_union(message: str) -> str:
     keys = dict.fromkeys(re.findall(r'Parser key "([^"]+)"', message))
     reasons = dict.fromkeys(re.findall(r"Option '\S+' is not accepted|(?:[\w.]+: )?Expected a .*", message))
-    if not (keys and reasons):
-        return message
+    if not (keys and reasons):  # a constructor's own words
+        listed = message.split("Errors:")[-1].split("Given value type:")[0]
+        own = [" ".join(x.split()) for x in re.split(r"^\s*- ", listed, flags=re.MULTILINE)]
+        return ": ".join([*keys, ([x for x in own if x and not VAGUE.search(x)] or own)[-1]])
     unknown = [x for x in reasons if x.startswith("Option")]
-    found = [x for x in reasons if "NoneType" not in x and x != "Expected a <class 'list'>"] or list(reasons)
+    found = [x for x in reasons if not VAGUE.search(x)] or list(reasons)
     given = re.findall(r"Given value: (.*)", message)
     told = unknown or "Got value" in message or any("; got " in x for x in found)
     got = "" if told or not given else f"; got {given[0][:80]}"

@@ -87,7 +87,7 @@ def test_reasons_of_the_parser_are_not_cut_off(project, monkeypatch, capsys):
     error = command(monkeypatch, capsys, "plan", "-c", "recipe.yaml", "--tokens", "1e6", code=2)
     assert "tokens: Expected a int. Got value: 1000000.0" in error
     error = command(monkeypatch, capsys, "fit", "-c", "recipe.yaml", "-c", "seven.yaml", code=2)
-    assert "trainer.strategy: stage: Expected a Literal[1, 2, 3]. Got value: 7" in error
+    assert "trainer.strategy.stage: Expected a Literal[1, 2, 3]. Got value: 7" in error
 
 
 def test_strategies_that_cannot_share_a_document(project, monkeypatch, capsys):
