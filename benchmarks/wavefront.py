@@ -208,10 +208,11 @@ def report(options: argparse.Namespace, times: Times, found: dict[str, float], s
             )
     print("\n".join(lines))
     if options.out:
-        facts = {"options": str(options), "times": times._asdict(), "state_bytes_a_layer": size}
+        facts = {"times": times._asdict(), "state_bytes_a_layer": size}
+        told = ", ".join(f"{name} {x * 1e3:.1f} ms" for name, x in times._asdict().items())
         path = options.out / "wavefront-cpu"
         record.write(path.with_suffix(".json"), **facts, seconds=seconds, ratio=ratio, foretold=foretold, rows=rows)
-        record.write_table(path.with_suffix(".md"), lines, str(facts))
+        record.write_table(path.with_suffix(".md"), lines, f"a segment: {told}; a layer's state: {size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
