@@ -14,6 +14,7 @@ from infctx.convert import convert, export_adapter, init, merge
 from infctx.errors import ShortErrors, UserError, in_a_line
 from infctx.report import write_report
 from infctx.tuning.states import export_state
+from infctx.upstream import convert_recipe
 from infctx.weights import load_model, save_model
 
 
@@ -64,6 +65,7 @@ RECIPE_COMMANDS = {
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
     "convert": convert,
+    "convert-recipe": convert_recipe,
     "export": export,
     "merge": merge,
     "generate": generate,

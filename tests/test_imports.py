@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "infctx"
 LEVELS = [
-    {"config", "world", "hf_tokenizer", "ops", "errors"},
-    {"sizes"},
+    {"config", "world", "hf_tokenizer", "ops", "errors", "upstreamdata"},
+    {"sizes", "upstream"},
     {"tokenizer", "huggingface", "layouts", "state", "segments", "loss", "sampling", "sources", "jsonstream", "binidx"},
     {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes"},
     {"formats"},
