@@ -179,7 +179,9 @@ class CLI(LightningCLI):
             raise UserError(
                 f"{self.resume}: its weights are of another size than model.init or model.load says"
             ) from None
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not (self.run_folder / "metrics.jsonl").exists():
+            print(f"run: {self.resume} is where the run ends; nothing to do")
+        elif self.trainer.is_global_zero:
             print(f"report: {write_report(self.run_folder)}")
 
     def validate(self, **kwargs: Any) -> None:

@@ -321,3 +321,10 @@ def test_a_run_left_in_the_middle_of_a_line(project, monkeypatch):
     run(monkeypatch, "report", "runs/a")
     run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a", "--resume", "auto", "--trainer.max_epochs", "3")
     assert timeless(lines(project, "a"))[: len(rows) - 1] == timeless(rows)[:-1]
+
+
+def test_resumed_where_it_ends(project, monkeypatch, capsys):
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "whole")
+    _, last = final(project, "whole")
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "more", "--resume", f"runs/whole/checkpoints/{last}")
+    assert f"{last} is where the run ends; nothing to do" in capsys.readouterr().out
