@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infctx.checkpoint import MANIFEST, newest, sync, verify, weight_files
+from infctx.checkpoint import MANIFEST, checkpoints, newest, sync, verify, weight_files
 from infctx.config import ModelConfig
 from infctx.layouts import Weights, check_hf_config, hf_config, to_layout, to_published
 from infctx.models.rwkv import RWKV
@@ -44,10 +44,6 @@ def load_model(
         dtype: of the parameters; None: the file's. device: where they go. kernel: backend of the recurrence.
     Raises: FileNotFoundError, or ValueError if the file is not a whole model, or would run code.
     """
-    if (tuned := load_tuned(path)) is not None:
-        merge(tuned)
-        tuned.kernel = kernel
-        return tuned.to(device, dtype)
     config, weights = read_model(path)
     states = state_names(weights)
     if dtype is None and len(dtypes := {x.dtype for name, x in weights.items() if name not in states}) > 1:
@@ -72,11 +68,10 @@ def load_tuned(path: str | Path) -> RWKV | None:
 
     Raises: ValueError if the weights that it was tuned on are not there, or are others now.
     """
-    folder = Path(path)
-    folder = newest(folder) if (folder / "checkpoints").is_dir() else folder
-    base = verify(folder).get("base") if (folder / MANIFEST).is_file() else None
-    if base is None:
+    if _base_of(Path(path)) is None:
         return None
+    folder = newest(path) if checkpoints(path) else Path(path)
+    base = verify(folder)["base"]
     tuning = Tuning(**base["tuning"])
     if not Path(base["path"]).exists():
         raise ValueError(f"{path}: was tuned on {base['path']}, which is not there: put it back")
@@ -88,6 +83,16 @@ def load_tuned(path: str | Path) -> RWKV | None:
     require_trained(model, set(trained))
     model.load_state_dict(trained, strict=False)
     return model
+
+
+def _base_of(path: Path) -> dict[str, Any] | None:
+    """What a run or a checkpoint says of the weights that it was tuned on; nothing is verified, and no hash made."""
+    for folder in reversed(checkpoints(path) or [path]):
+        try:
+            return json.loads((folder / MANIFEST).read_text()).get("base")
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def read_model(path: str | Path) -> tuple[ModelConfig, Weights]:
