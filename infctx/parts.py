@@ -116,16 +116,19 @@ class Silent:
 
     STEPS = 10  # low-rank pairs begin with one of them at zero, and the other has a gradient a step later
 
-    def __init__(self, model: nn.Module) -> None:
-        self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(self) -> None:
+        self.names: set[str] | None = None  # not the tensors: an engine may put others, in pieces, in their place
         self.steps = 0
 
-    def look(self) -> str | None:
+    def look(self, model: nn.Module) -> str | None:
         """Before an optimizer step. Returns: the warning, when it is due."""
         if self.steps == self.STEPS:
             return None
-        self.names = {name: p for name, p in self.names.items() if p.grad is None or not bool(p.grad.any())}
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        names = trained if self.names is None else self.names
+        self.names = {x for x in names if trained[x].grad is None or not bool(trained[x].grad.any())}
         self.steps += 1
         if self.steps < self.STEPS or not self.names:
             return None
-        return f"no gradient in the first {self.STEPS} steps, so nothing was learnt: {_few(list(self.names))}"
+        silent = [name for name in trained if name in self.names]
+        return f"no gradient in the first {self.STEPS} steps, so nothing was learnt: {_few(silent)}"

@@ -81,7 +81,7 @@ class InfctxModule(pl.LightningModule):
         self.base = Base(load, self.model, tuning) if load and tuning and tuning.adapter else None
         self.parts = (*(() if tuning is None else apply_tuning(self.model, tuning)), *parts)
         freeze(self.model, self.parts)
-        self.silent, self.trained = Silent(self.model), ""
+        self.silent, self.trained = Silent(), ""
         self.parallel, self.states = parallel, states
         self.lanes: State | None = None
         self.validation_lanes: State | None = None
@@ -154,7 +154,7 @@ class InfctxModule(pl.LightningModule):
         self.learning_rate = first["lr"] / Group(*first["own"]).factor
         if not isinstance(self.trainer.strategy, ZeRO):
             self.note_norm(total_norm(self.model))
-            if warning := self.silent.look():
+            if warning := self.silent.look(self.model):
                 rank_zero_warn(warning)
 
     def configure_gradient_clipping(

@@ -1,5 +1,7 @@
 """Parts of a model by patterns: what is frozen, what learns how fast, and what is said of it."""
 
+import weakref
+
 import pytest
 import torch
 from tiny import RECIPE, make_project, run, tiny_model
@@ -63,13 +65,25 @@ def test_the_table_counts_every_parameter():
 
 def test_a_parameter_without_a_gradient_is_warned_of():
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2, bias=False)})
-    silent, said = Silent(model), []
+    silent, said = Silent(), []
     for step in range(12):
         for name, p in model.named_parameters():
             p.grad = torch.full_like(p, float("used" in name and step == 5))
-        said.append(silent.look())
+        said.append(silent.look(model))
     assert said[:9] == [None] * 9 and said[10:] == [None] * 2
     assert said[9].endswith("so nothing was learnt: idle.weight")
+
+
+def test_parameters_that_an_engine_replaces_are_not_kept():
+    model = torch.nn.Linear(2, 2)
+    silent, said, before = Silent(), [], weakref.ref(model.weight)
+    for step in range(10):
+        if step == 1:
+            model.weight = torch.nn.Parameter(model.weight.detach().clone())
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float(step == 5))
+        said.append(silent.look(model))
+    assert before() is None and said == [None] * 10
 
 
 def test_frozen_weights_stay_to_the_bit(tmp_path, monkeypatch, capsys):
