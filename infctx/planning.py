@@ -25,7 +25,7 @@ from infctx.weights import read_model
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
 _UNPREPARED = "data.path {} holds no prepared data: run `infctx prepare`"
-PRECISIONS = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed", "bf16-true": "bf16"}
+PRECISIONS = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed"}
 
 
 def spell_out(argv: list[str]) -> list[str]:

@@ -251,8 +251,11 @@ def refuse_optimizer(name: str) -> None:
 
 
 def refuse_precision(precision: object) -> None:
-    """float32 and bfloat16 only: float16's loss scale would reach a part of the gradient. Raises: ValueError."""
-    if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed", "bf16-true"):
+    """Weights in float32, computed in it or in bfloat16. Raises: ValueError for others.
+
+    The loss scale of float16 would reach a part of the gradient; weights in bfloat16 lose small updates.
+    """
+    if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed"):
         raise ValueError(f"trainer.precision {precision} is not supported: choose bf16-mixed or 32-true")
 
 

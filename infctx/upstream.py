@@ -194,7 +194,7 @@ def _trainer(given: dict[str, Any], recipe: dict[str, Any]) -> list[Line]:
             own[key] = value
             lines.append(Line(name, "kept", ""))
         elif key == "precision":
-            own[key] = {"bf16": "bf16-mixed", "32": "32-true"}.get(str(value), value)
+            own[key] = {"bf16": "bf16-mixed", "bf16-true": "bf16-mixed", "32": "32-true"}.get(str(value), value)
             lines.append(Line(name, "kept" if own[key] == value else "renamed", str(own[key])))
         elif key == "microbatch_size":
             recipe["data"]["batch_size"] = value

@@ -48,6 +48,7 @@ OPTIONS = {
     "schedule": (["--model.optimizer.schedule", "rising"], "schedule"),
     "checkpoint": (["--checkpoint.every_n_steps", "0"], "checkpoint.every_n_steps must be at least 1"),
     "precision": (["--trainer.precision", "16-mixed"], "choose bf16-mixed or 32-true"),
+    "weights": (["--trainer.precision", "bf16-true"], "choose bf16-mixed or 32-true"),
     "validation": (["--data.validation", "6"], "takes 6 of 6 documents"),
     "no end": (["--trainer.max_epochs", "-1"], "the run has no end"),
     "resume from nothing": (["--resume", "nowhere"], "nowhere"),
