@@ -1,6 +1,7 @@
 """The data section of a recipe: prepared documents, split, planned, loaded."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -116,10 +117,14 @@ class DocumentData(pl.LightningDataModule):
         """Windows stay on the host: each segment goes to the device when it is run."""
         return batch
 
+    def windows_in(self, epoch: int) -> int:
+        """Windows of an epoch."""
+        windows, limit = len(self.plan(epoch)), self._limit(epoch)
+        return windows if limit is None else min(windows, limit)
+
     def steps_in(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
-        windows, limit = len(self.plan(epoch)), self._limit(epoch)
-        return -(-min(windows, windows if limit is None else limit) // self.trainer.accumulate_grad_batches)
+        return -(-self.windows_in(epoch) // self.trainer.accumulate_grad_batches)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run. Raises: ValueError if the recipe sets no end."""
@@ -133,6 +138,24 @@ class DocumentData(pl.LightningDataModule):
         every = [0] * epochs if same else range(epochs)
         total = sum(self.steps_in(epoch) for epoch in every)
         return total if steps < 0 else min(total, steps)
+
+    def course(self, unit: Literal["steps", "tokens"]) -> Sequence[int]:
+        """(steps + 1,) how far the run is before each optimizer step, and at its end; tokens are those of all ranks.
+
+        Tokens take the plan of every epoch, and are the same on every rank and in every run that goes on.
+        Raises: ValueError if the recipe sets no end.
+        """
+        total = self.total_steps()
+        if unit == "steps":
+            return range(total + 1)
+        course, epoch = [0], 0
+        while len(course) <= total:
+            windows, step = self.windows_in(epoch), self.trainer.accumulate_grad_batches
+            if not windows:
+                raise ValueError(f"trainer.limit_train_batches leaves no window of epoch {epoch}: raise it")
+            read = self.plan(epoch).read[[*range(step, windows, step), windows]]
+            course, epoch = course + (course[-1] + read).tolist(), epoch + 1
+        return course[: total + 1]
 
     def total_tokens(self) -> tuple[int, int]:
         """Tokens and documents that the run will have read at its end, on all ranks."""

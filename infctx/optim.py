@@ -1,7 +1,7 @@
 """How fast what is trained learns: optimizers and schedules."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,10 @@ class OptimizerConfig:
         weight_decay: of matrices only: embedding, head, and those of both mixers, but not their low-rank parts.
         schedule: from lr to final_lr over the run: cosine, linear; wsd: at lr, and linear to final_lr at the end;
             constant.
+        unit: what the schedule goes by: optimizer steps; or tokens: those read before a step, of all that a run reads,
+            so that windows of many tokens count for more than windows of few.
         warmup_steps: optimizer steps over which the rate rises to lr: (i + 1) / warmup_steps of it at step i.
+        warmup_tokens: in its place with unit tokens: read at the end of step i over warmup_tokens of it.
         final_lr: where the schedule ends; null: a tenth of lr.
         decay_share: of the run, in which wsd goes to final_lr.
     """
@@ -37,18 +40,26 @@ class OptimizerConfig:
     eps: float = 1e-18
     weight_decay: float = 0.0
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    unit: Literal["steps", "tokens"] = "steps"
     warmup_steps: int = 0
+    warmup_tokens: int | None = None
     final_lr: float | None = None
     decay_share: float = 0.2
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"model.optimizer.lr must be above 0, got {self.lr}")
-        for key in ("warmup_steps", "weight_decay", "final_lr"):
+        for key in ("warmup_steps", "warmup_tokens", "weight_decay", "final_lr"):
             if (getattr(self, key) or 0) < 0:
                 raise ValueError(f"model.optimizer.{key} must be at least 0, got {getattr(self, key)}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"model.optimizer.decay_share must be above 0 and at most 1, got {self.decay_share}")
+        if self.warmup_steps and self.warmup_tokens is not None:
+            raise ValueError("model.optimizer: warmup_steps and warmup_tokens are both given: leave out one of them")
+        if self.unit == "steps" and self.warmup_tokens is not None:
+            raise ValueError("model.optimizer.warmup_tokens: set model.optimizer.unit to tokens, or give warmup_steps")
+        if self.unit == "tokens" and self.warmup_steps:
+            raise ValueError("model.optimizer.warmup_steps: model.optimizer.unit is tokens: give warmup_tokens")
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, parts: tuple[Part, ...] = ()) -> list[dict[str, Any]]:
@@ -134,9 +145,9 @@ class Together(Optimizer):
         self._share()
 
 
-def make_schedule(optimizer: Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
-    """Step it once after each optimizer step; it holds its floor past `total_steps`."""
-    return LambdaLR(optimizer, learning_rate_factor(config, total_steps))
+def make_schedule(optimizer: Optimizer, config: OptimizerConfig, course: Sequence[int]) -> LambdaLR:
+    """Step it once after each optimizer step; it holds its floor past the end of the course."""
+    return LambdaLR(optimizer, learning_rate_factor(config, course))
 
 
 def apply_config(optimizer: Any, schedule: Any, config: OptimizerConfig, parts: tuple[Part, ...] = ()) -> None:
@@ -149,8 +160,11 @@ def apply_config(optimizer: Any, schedule: Any, config: OptimizerConfig, parts: 
         schedule.base_lrs[i] = new["lr"]
 
 
-def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[[int], float]:
-    """What the rate of each group is multiplied by at step i, from 0."""
+def learning_rate_factor(config: OptimizerConfig, course: Sequence[int]) -> Callable[[int], float]:
+    """What the rate of each group is multiplied by at step i, from 0.
+
+    Args: course: (steps + 1,) how far the run is before each step, and at its end, in the schedule's unit.
+    """
     floor = (config.lr / 10 if config.final_lr is None else config.final_lr) / config.lr
     after = {
         "constant": lambda done: 1.0,
@@ -159,10 +173,13 @@ def learning_rate_factor(config: OptimizerConfig, total_steps: int) -> Callable[
         "wsd": lambda done: floor + (1 - floor) * min(1.0, (1 - done) / config.decay_share),
     }[config.schedule]
 
+    warmup, end = config.warmup_tokens or config.warmup_steps, int(course[-1])
+
     def factor(i: int) -> float:
-        if i < config.warmup_steps:
-            return (i + 1) / config.warmup_steps
-        return after(min(1.0, (i - config.warmup_steps) / max(1, total_steps - config.warmup_steps)))
+        before, behind = (int(course[min(at, len(course) - 1)]) for at in (i, i + 1))
+        if before < warmup:
+            return min(1.0, behind / warmup)
+        return after(min(1.0, (before - warmup) / max(1, end - warmup)))
 
     return factor
 

@@ -146,6 +146,18 @@ class Plan:
                     yield Piece(lane, max(begin, low) - low, document, max(low - begin, 0), end - begin)
 
     @property
+    def read(self) -> np.ndarray:
+        """(windows + 1,) tokens of all lanes before each border of the windows."""
+        borders = np.array(self.borders)
+        total = np.zeros_like(borders)
+        for documents, begins in zip(self.documents, self.begins, strict=True):
+            sizes = self.inputs[documents]
+            begun = np.searchsorted(begins, borders)
+            held, ends = (np.append(0, x) for x in (sizes.cumsum(), begins + sizes))
+            total += held[begun] - np.maximum(ends[begun] - borders, 0)
+        return total
+
+    @property
     def padding(self) -> float:
         """The share of an epoch's places that hold no token."""
         return 1 - self.tokens / (len(self.documents) * self.borders[-1])

@@ -204,7 +204,8 @@ class InfctxModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and its schedule over all the steps of the run."""
         optimizer = make_optimizer(self.model, self.optimizer, self.parts)
-        schedule = make_schedule(optimizer, self.optimizer, self.trainer.datamodule.total_steps())  # type: ignore[attr-defined]
+        course = self.trainer.datamodule.course(self.optimizer.unit)  # type: ignore[attr-defined]
+        schedule = make_schedule(optimizer, self.optimizer, course)
         self.trained = table(self.model, optimizer.param_groups)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -52,6 +52,14 @@ def test_each_token_once(segments, lanes):
     assert torch.equal(torch.cat(seen).sort().values, torch.from_numpy(expected).sort().values)
 
 
+@pytest.mark.parametrize("segments", [1, 4, None])
+@pytest.mark.parametrize("lanes", [1, 3, 400])
+def test_tokens_read_before_each_window(segments, lanes):
+    (loader,) = loaders(Memory(LENGTHS), lanes, 1, segments)
+    counted = [int((window.ids >= 0).sum()) for window in loader]
+    assert loader.plan.read.tolist() == [0, *np.cumsum(counted)]
+
+
 @pytest.mark.parametrize("segments", [2, None])
 def test_a_lane_reads_its_documents_in_order(segments):
     (loader,) = loaders(Memory(LENGTHS), 3, 1, segments)
