@@ -142,8 +142,12 @@ class DocumentData(pl.LightningDataModule):
 
     def lengths(self, epoch: int) -> np.ndarray:
         """Input tokens of each document that an epoch reads, as often as it reads it."""
+        return self.train.inputs[self.rows(epoch)]
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The documents that an epoch reads, as often as it reads them."""
         rows = self._chosen(epoch)
-        return self.train.inputs if rows is None else self.train.inputs[rows]
+        return np.arange(len(self.train)) if rows is None else rows
 
     def describe(self, horizon: int | None) -> str:
         """What an epoch is made of, in a few lines for the log."""
