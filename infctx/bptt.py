@@ -53,7 +53,8 @@ def window_loss(
     Returns:
         the loss, a scalar (exactly 0 with no supervised token); metrics, detached: `loss_sum` and `tokens`
         (supervised), `segment_loss` (S,) summed losses, `position_loss` and `position_tokens` by power-of-two bucket of
-        the position; and the state after the window, detached.
+        the position, `source_loss` and `source_tokens` by source of the document (of as many as the window names);
+        and the state after the window, detached.
     Raises: ValueError if horizon is less than 1.
     """
     if horizon is not None and horizon < 1:

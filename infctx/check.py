@@ -1,6 +1,5 @@
 """The command `check`: a dry run of a recipe for N ranks on one machine, which prepares and trains nothing."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,16 @@ from infctx.job import Job
 from infctx.models.rwkv import RWKV, init_model
 from infctx.ops.backends import available, choose
 from infctx.parallel.config import ParallelConfig
-from infctx.planning import model_config, opened, parallel_of, parts_of, require_sound, strategy_name, tuning_of
+from infctx.planning import (
+    model_config,
+    opened,
+    parallel_of,
+    parts_of,
+    require_sound,
+    stand_in,
+    strategy_name,
+    tuning_of,
+)
 from infctx.plantext import count
 from infctx.segments import Window
 from infctx.training import refuse_optimizer
@@ -83,12 +91,7 @@ def _check_data(config: Any, ranks: int, parallel: ParallelConfig, model: ModelC
                          f"set model.init.vocab_size to {need}, or choose another tokenizer")  # fmt: skip
     data.parallel, data.seed, loaders = parallel, int(config.seed_everything), []
     for rank in range(ranks):
-        limit = 1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches
-        data.trainer = SimpleNamespace(  # type: ignore[assignment]
-            world_size=ranks, global_rank=rank, current_epoch=0, max_epochs=trainer.max_epochs,
-            max_steps=trainer.max_steps, accumulate_grad_batches=trainer.accumulate_grad_batches,
-            limit_train_batches=limit,
-        )  # fmt: skip
+        data.trainer = stand_in(trainer, ranks, rank)
         loaders.append(data.train_dataloader())
     shapes = {(len(x), tuple(x.plan.borders), x.normaliser(0)) for x in loaders}
     if len(shapes) != 1:

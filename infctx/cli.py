@@ -59,6 +59,7 @@ RECIPE_COMMANDS = {
     "fit": "Train by a recipe: -c recipe.yaml, and any of its keys as an option.",
     "validate": "Print the loss over held-out documents.",
     "prepare": "Tokenise the documents of a recipe.",
+    "preview": "Show documents as the model will see them, and what a recipe trains on.",
     "plan": "Forecast memory and time by a recipe, for each strategy and number of ranks.",
     "check": "Dry-run a recipe for N ranks on this machine.",
 }

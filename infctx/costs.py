@@ -22,7 +22,7 @@ from infctx.models.gold import TILE as ATTENTION_TILE
 from infctx.models.rwkv import RWKV
 from infctx.ops.planned import planned_kernels
 from infctx.optim import OptimizerConfig, make_optimizer
-from infctx.segments import Window
+from infctx.segments import Sources, Window
 from infctx.state import pack
 
 Phases = dict[str, Counter[str]]
@@ -211,7 +211,7 @@ def _window(job: Job) -> Window:
     ids, start = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.bool)
     start[:, 0, 0] = True
     tokens, targets, position = (torch.empty(shape, dtype=torch.float64).long() for _ in range(3))
-    return Window(tokens, targets, start, ids, position)
+    return Window(tokens, targets, start, ids, position, sources=Sources(torch.zeros(1, dtype=torch.int32), 1))
 
 
 def _fill(model: RWKV, dtype: torch.dtype) -> None:

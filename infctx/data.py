@@ -11,7 +11,7 @@ import torch
 
 from infctx.documents import ArrowDocuments, prepare
 from infctx.parallel.config import ParallelConfig
-from infctx.segments import Plan, Window, WindowLoader
+from infctx.segments import Plan, Sources, Window, WindowLoader
 from infctx.sources import Source, chosen, listed
 from infctx.tokenizer import load_tokenizer
 
@@ -103,7 +103,8 @@ class DocumentData(pl.LightningDataModule):
         accumulate = self.trainer.accumulate_grad_batches
         identity = {f"data.{key}": x for key, x in same.items()} | {"trainer.accumulate_grad_batches": accumulate}
         epoch = self.trainer.current_epoch
-        return WindowLoader(self.train, self.plan, self._own(), accumulate, epoch, identity, self._limit(epoch))
+        limit, sources = self._limit(epoch), _sources(self.train)
+        return WindowLoader(self.train, self.plan, self._own(), accumulate, epoch, identity, limit, sources)
 
     def val_dataloader(self) -> WindowLoader | list[Any]:
         """The held-out documents, always in the same order."""
@@ -111,7 +112,7 @@ class DocumentData(pl.LightningDataModule):
             return []
         held_out = self.held_out
         plan = Plan(held_out.inputs, self.lanes, self.segment_length, self.segments_per_window, 0, 0)
-        return WindowLoader(held_out, lambda _: plan, self._own(), 1, 0, {})
+        return WindowLoader(held_out, lambda _: plan, self._own(), 1, 0, {}, sources=_sources(held_out))
 
     def transfer_batch_to_device(self, batch: Window, device: torch.device, dataloader_idx: int) -> Window:
         """Windows stay on the host: each segment goes to the device when it is run."""
@@ -164,8 +165,12 @@ class DocumentData(pl.LightningDataModule):
 
     def lengths(self, epoch: int) -> np.ndarray:
         """Input tokens of each document that an epoch reads, as often as it reads it."""
+        return self.train.inputs[self.rows(epoch)]
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """The documents that an epoch reads, as often as it reads them."""
         rows = self._chosen(epoch)
-        return self.train.inputs if rows is None else self.train.inputs[rows]
+        return np.arange(len(self.train)) if rows is None else rows
 
     def describe(self, horizon: int | None) -> str:
         """What an epoch is made of, in a few lines for the log."""
@@ -194,3 +199,7 @@ class DocumentData(pl.LightningDataModule):
     def _own(self) -> range:
         group = self.trainer.global_rank // self.parallel.time
         return range(group * self.batch_size, (group + 1) * self.batch_size)
+
+
+def _sources(documents: ArrowDocuments) -> Sources:
+    return Sources(torch.from_numpy(documents.source), len(documents.names))

@@ -1,6 +1,7 @@
 """The command `plan`: from a recipe to a forecast. What it reads of a recipe, `check` reads too."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,12 +161,26 @@ def opened(data: Any) -> DocumentData:
     """The prepared documents of a section `data`. Raises: ValueError if there are none."""
     if not Path(data.path, "prepared.json").exists():
         raise ValueError(_UNPREPARED.format(data.path))
-    options = data.as_dict()
-    for key in ("source", "validation"):
-        options[key] = as_sources(options[key])
-    made = DocumentData(**{k: v for k, v in options.items() if k != "parallel"})
+    made = data_of(data)
     made.setup("fit")
     return made
+
+
+def data_of(data: Any) -> DocumentData:
+    """Of a section `data`, as it is before anything is prepared or read."""
+    options = {k: v for k, v in data.as_dict().items() if k != "parallel"}
+    for key in ("source", "validation"):
+        options[key] = as_sources(options[key])
+    return DocumentData(**options)
+
+
+def stand_in(trainer: Any, ranks: int, rank: int) -> Any:
+    """What `DocumentData` asks of a trainer, by the section `trainer`: one of so many ranks, before its first epoch."""
+    return SimpleNamespace(
+        world_size=ranks, global_rank=rank, current_epoch=0, max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps, accumulate_grad_batches=trainer.accumulate_grad_batches,
+        limit_train_batches=1.0 if trainer.limit_train_batches is None else trainer.limit_train_batches,
+    )  # fmt: skip
 
 
 def _longest_window(documents: np.ndarray | None, config: Any) -> tuple[int, int | None]:

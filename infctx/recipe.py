@@ -21,10 +21,10 @@ from infctx.errors import ShortErrors, UserError, require_yaml
 from infctx.parallel.config import ParallelConfig
 from infctx.parallel.launch import cluster_plugins, decide_once, require_world
 from infctx.parallel.watch import Watch
-from infctx.planning import plan_recipe, spell_out
+from infctx.planning import data_of, plan_recipe, spell_out
+from infctx.preview import preview_recipe
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
-from infctx.sources import as_sources
 from infctx.training import InfctxModule, refuse_precision, refuse_strategy
 
 # The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
@@ -36,6 +36,8 @@ TRAINER = {
     "gradient_clip_val": 1.0,
     "enable_model_summary": False,
 }
+
+READERS = {"plan": plan_recipe, "check": check_recipe, "preview": preview_recipe}  # verbs that build no model
 
 
 class Parser(ShortErrors, LightningArgumentParser):
@@ -73,6 +75,18 @@ class Trainer(pl.Trainer):
             ranks: how many: --ranks 8; 1 if left out.
         """
 
+    def preview(
+        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None,
+        documents: int = 4, first: int | None = None, html: str | None = None,
+    ) -> None:  # fmt: skip
+        """Show documents as the model will see them, and what was prepared, how long they are, how they are cut.
+
+        Args:
+            documents: how many to show, or parts of them, as they lie in the first windows; 0: none.
+            first: show whole documents instead, from this number on, as errors of a run name them.
+            html: file for the same as a page.
+        """
+
 
 class SaveConfig(SaveConfigCallback):
     """The recipe as resolved, in the run's folder."""
@@ -104,7 +118,7 @@ class CLI(LightningCLI):
             "ckpt_path",
             "weights_only",
         }
-        others = dict.fromkeys(("prepare", "plan", "check"), loaders)
+        others = dict.fromkeys(("prepare", *READERS), loaders)
         return {"fit": loaders, "validate": loaders | {"verbose"}, **others}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -129,8 +143,8 @@ class CLI(LightningCLI):
         if self.subcommand == "prepare":
             _prepare(config.data)
             raise SystemExit(0)
-        if self.subcommand in ("plan", "check"):
-            {"plan": plan_recipe, "check": check_recipe}[self.subcommand](config)
+        if self.subcommand in READERS:
+            READERS[self.subcommand](config)
             raise SystemExit(0)
         if self.subcommand == "validate" and (config.name or config.resume):
             raise UserError("validate takes no --name and no --resume: name the run by --model.load")
@@ -222,10 +236,7 @@ def _decide(config: Namespace) -> tuple[Path, Path | None]:
 
 
 def _prepare(config: Namespace) -> None:
-    options = config.as_dict()
-    for key in ("source", "validation"):
-        options[key] = as_sources(options[key])
-    DocumentData(**options).prepare_data()
+    data_of(config).prepare_data()
 
 
 def run_recipe(argv: list[str]) -> None:
@@ -234,7 +245,7 @@ def run_recipe(argv: list[str]) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     require_yaml(argv)
     try:
-        _run(spell_out(argv) if argv[0] in ("plan", "check") else argv)
+        _run(spell_out(argv) if argv[0] in READERS else argv)
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
     except SIGTERMException:

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.callbacks import Checkpoint as CheckpointBase
+from torch import Tensor
 from tqdm import tqdm
 
 from infctx.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -60,6 +61,7 @@ class Metrics(Callback):
             "peak_memory_bytes": peak_memory(pl_module.device),
             "seconds": pl_module.counts["seconds"],
             "position_loss": [[i, float(sums["position_loss"][i]), int(sums["position_tokens"][i])] for i in filled],
+            "source_loss": by_source(trainer.datamodule.train.names, sums["source_loss"], sums["source_tokens"]),  # type: ignore[attr-defined]
         }
         if trainer.is_global_zero:
             with self.file.open("a") as stream:
@@ -71,9 +73,17 @@ class Metrics(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the loss of the held-out documents."""
         if trainer.is_global_zero and trainer.state.fn == "fit":
-            line = {"step": trainer.global_step, "loss": float(trainer.callback_metrics["validation_loss"])}
+            names, sums = trainer.datamodule.held_out.names, pl_module.validation_sums[:, 1:].cpu()  # type: ignore[attr-defined]
+            line = {"step": trainer.global_step, "loss": float(trainer.callback_metrics["validation_loss"]),
+                    "source_loss": by_source(names, *sums)}  # fmt: skip
             with self.validation_file.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
+
+
+def by_source(names: list[str], losses: Tensor, tokens: Tensor) -> list[list[Any]]:
+    """[name, summed loss, supervised tokens] of each source that had any. Args: losses, tokens: (sources,)."""
+    rows = zip(names, losses.tolist(), tokens.tolist(), strict=True)
+    return [[name, loss, int(count)] for name, loss, count in rows if count]
 
 
 class Checkpoint(CheckpointBase):

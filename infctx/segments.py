@@ -37,6 +37,13 @@ class Documents(Protocol):
         """Which of them are to be learnt."""
 
 
+class Sources(NamedTuple):
+    """Which source each document is of: for all windows of an epoch the same, so that a token takes nothing."""
+
+    of: Tensor  # (documents,) int32
+    number: int  # how many sources there are
+
+
 class Window(NamedTuple):
     """What is trained on at once, on the CPU whatever device trains."""
 
@@ -46,6 +53,7 @@ class Window(NamedTuple):
     ids: Tensor  # (B, S, T) int32, which document the token is of; -1: padding
     position: Tensor | None = None  # (B, S, T) int64, the token's place in its document
     normaliser: int | None = None  # supervised tokens of the whole optimizer step: all lanes, all accumulated windows
+    sources: Sources | None = None  # of the documents that `ids` are of
 
 
 class Sequences(NamedTuple):
@@ -58,6 +66,7 @@ class Sequences(NamedTuple):
     lane: Tensor  # (N,) the lane a sequence is in
     fresh: Tensor  # (N,) bool, whether it begins a document
     last: Tensor  # (B,) the last sequence of each lane; N + b where lane b has no token here
+    source: Tensor | None = None  # (M,) int32, the source that the token's document is of
 
     def to(self, device: torch.device) -> "Sequences":
         """On another device."""
@@ -81,7 +90,8 @@ def sequences(window: Window, segment: int) -> Sequences:
     last = (n + torch.arange(lanes)).scatter_reduce(0, lane[begin], torch.arange(n), "amax", include_self=False)
     tokens, targets = (x[:, segment].flatten()[index] for x in (window.tokens, window.targets))
     position = None if window.position is None else window.position[:, segment].flatten()[index]
-    return Sequences(tokens.unsqueeze(0), targets, position, cu_seqlens, lane[begin], start[index[begin]], last)
+    source = None if window.sources is None else window.sources.of[window.ids[:, segment].flatten()[index]]
+    return Sequences(tokens.unsqueeze(0), targets, position, cu_seqlens, lane[begin], start[index[begin]], last, source)
 
 
 class Piece(NamedTuple):
@@ -239,12 +249,14 @@ class WindowLoader:
         epoch: its number.
         limit: of windows in an epoch, or None.
         identity: what must be the same for a position to mean the same: refused otherwise.
+        sources: of the documents, where losses by source are wanted.
     """
 
     def __init__(
         self, documents: Documents, plan: Callable[[int], Plan], lanes: range, accumulate: int, epoch: int,
-        identity: dict[str, Any], limit: int | None = None,
+        identity: dict[str, Any], limit: int | None = None, sources: Sources | None = None,
     ) -> None:  # fmt: skip
+        self.sources = sources
         self.documents, self.plan_of, self.lanes, self.accumulate = documents, plan, lanes, accumulate
         self.epoch, self.position, self.identity = epoch, 0, identity
         self._first, self.limit = 0, limit
@@ -290,7 +302,7 @@ class WindowLoader:
             ids[here], position[here] = document, np.arange(begin, end)
         fold = (len(self.lanes), -1, self.plan.segment_length)
         folded = [torch.from_numpy(x).view(fold) for x in (tokens, targets, start, ids, position)]
-        return Window(folded[0], folded[1], folded[2], folded[3], folded[4], self.normaliser(i))
+        return Window(folded[0], folded[1], folded[2], folded[3], folded[4], self.normaliser(i), self.sources)
 
     def normaliser(self, i: int) -> int:
         """Supervised tokens of the optimizer step that window i belongs to, over all ranks."""

@@ -25,12 +25,15 @@ class Metrics(NamedTuple):
     segment_loss: Tensor
     position_loss: Tensor
     position_tokens: Tensor
+    source_loss: Tensor
+    source_tokens: Tensor
 
     @classmethod
     def zeros(cls, window: Window, device: torch.device) -> "Metrics":
         """Nothing seen yet, on the device that trains."""
         buckets = POSITION_BUCKETS if window.position is not None else 0
-        sizes = ((), (), (window.tokens.shape[1],), (buckets,), (buckets,))
+        count = window.sources.number if window.sources is not None else 0
+        sizes = ((), (), (window.tokens.shape[1],), (buckets,), (buckets,), (count,), (count,))
         return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
     def add(self, segment: int, sequence: Sequences, losses: Tensor) -> None:
@@ -43,6 +46,9 @@ class Metrics(NamedTuple):
             bucket = torch.frexp((sequence.position + 1).double()).exponent.long() - 1
             self.position_loss.index_add_(0, bucket, losses.double())
             self.position_tokens.index_add_(0, bucket, learnt.double())
+        if sequence.source is not None:
+            self.source_loss.index_add_(0, sequence.source, losses.double())
+            self.source_tokens.index_add_(0, sequence.source, learnt.double())
 
 
 class Task(NamedTuple):

@@ -189,16 +189,19 @@ class InfctxModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Validation has its own lanes and states."""
         self.validation_lanes = None
-        self.validation_sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        columns = 1 + len(self.trainer.datamodule.held_out.names)  # type: ignore[attr-defined]
+        self.validation_sums = torch.zeros(2, columns, dtype=torch.float64, device=self.device)
 
     def validation_step(self, window: Window, index: int) -> None:
         """Add up the loss of held-out documents."""
         _, metrics, self.validation_lanes = window_loss(self.seen, window, self.validation_lanes, runner=self.runner)
-        self.validation_sums += torch.stack([metrics["loss_sum"], metrics["tokens"]])
+        self.validation_sums[:, 0] += torch.stack([metrics["loss_sum"], metrics["tokens"]])
+        self.validation_sums[:, 1:] += torch.stack([metrics["source_loss"], metrics["source_tokens"]])
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss by token over all held-out documents."""
-        total, tokens = self.trainer.strategy.reduce(self.validation_sums, reduce_op="sum")
+        self.validation_sums = self.trainer.strategy.reduce(self.validation_sums, reduce_op="sum")
+        total, tokens = self.validation_sums[:, 0]
         self.log("validation_loss", (total / tokens.clamp(min=1)).float(), rank_zero_only=True)
 
     def configure_optimizers(self) -> Any:

@@ -110,7 +110,7 @@ def test_horizons_differ(arch):
     assert not torch.equal(exact[2], torch.zeros_like(exact[2]))
 
 
-def test_metrics_by_segment_and_position():
+def test_metrics_by_segment_position_and_source():
     model, window, flat = case("rwkv7")
     _, metrics, _ = gradient(model, window, flat, None)
     assert metrics["segment_loss"].sum() == pytest.approx(float(metrics["loss_sum"]))
@@ -118,6 +118,9 @@ def test_metrics_by_segment_and_position():
     learnt = window.targets != -100
     buckets = torch.bincount((window.position[learnt] + 1).float().log2().floor().long(), minlength=40)
     assert metrics["position_tokens"].tolist() == buckets.tolist()
+    by_source = torch.bincount(window.sources.of[window.ids[learnt]], minlength=3)
+    assert metrics["source_tokens"].tolist() == by_source.tolist() and by_source[0] and by_source[2]
+    assert metrics["source_loss"].sum() == pytest.approx(float(metrics["loss_sum"]))
 
 
 @pytest.mark.parametrize("arch", ["rwkv4", "rwkv7", "goldfinch"])

@@ -10,7 +10,7 @@ from torch import Tensor
 import infctx
 from infctx.config import ARCHITECTURES
 from infctx.models.rwkv import RWKV
-from infctx.segments import Window
+from infctx.segments import Sources, Window
 from infctx.state import BlockState, KeyMemory, State, pack, select, unpack
 
 ARCHS = sorted(ARCHITECTURES)
@@ -98,7 +98,9 @@ def make_window(
         targets[lane, segment, place:] = -100
         tokens[lane, segment, place:] = 0
     position = torch.arange(segments * length).view(1, segments, length).expand(shape)
-    return Window(tokens, targets, start, ids, position)
+    # Two documents in turn along each lane, of two sources of three.
+    ids += (start.flatten(1).cumsum(1).view(shape) % 2).int() * (ids >= 0)
+    return Window(tokens, targets, start, ids, position, sources=Sources(torch.tensor([2, 0], dtype=torch.int32), 3))
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -66,8 +66,7 @@ class Part(Task):
         whole = task.window
         tokens, targets, start, ids = (x[:, :, own] for x in whole[:4])
         position = None if whole.position is None else whole.position[:, :, own]
-        window = Window(tokens, targets, start, ids, position, whole.normaliser)
-        part = cls(*task._replace(window=window))
+        part = cls(*task._replace(window=Window(tokens, targets, start, ids, position, *whole[5:])))
         part.line = line
         return part
 
