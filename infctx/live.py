@@ -25,15 +25,19 @@ class CommandError(RuntimeError):
     """A command that did not end with exit code 0; the message has its last lines."""
 
 
-def run(*argv: object, stdin: str = "") -> str:
+def run(*argv: object, stdin: str = "") -> None:
     """Run `infctx ARGV`, show its output as it comes, and follow the figures of a `fit`.
 
     Args:
         argv: the command and its options; paths and numbers too.
         stdin: what is typed into it.
-    Returns: all that it printed, its error output too.
     Raises: CommandError if its exit code is not 0. An interrupt stops the command as well.
     """
+    output(*argv, stdin=stdin)
+
+
+def output(*argv: object, stdin: str = "") -> str:
+    """As `run`. Returns: all that the command printed, its error output too."""
     words = [str(x) for x in argv]
     print("$", shlex.join(["infctx", *words]), flush=True)
     following = words[:1] == ["fit"]
@@ -142,7 +146,7 @@ def _picture(lines: list[dict[str, Any]], title: str) -> bytes:
 
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.subplots()
-    axis.plot([x["step"] for x in lines], [x["loss"] for x in lines], lw=1.2)
+    axis.plot([x["step"] for x in lines], [x["loss"] for x in lines], marker="." * (len(lines) < 20), lw=1.2)
     axis.set(xlabel="optimizer step", ylabel="loss, nats per token")
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(alpha=0.3)
@@ -162,10 +166,10 @@ def _lines(process: "subprocess.Popen[str]") -> Iterator[str | None]:
     """The lines of a process until it closes its output; None where none came for a while."""
     lines: queue.Queue[str | None] = queue.Queue()
     assert process.stdout is not None
-    output = process.stdout
+    stream = process.stdout
 
     def read() -> None:
-        for line in output:
+        for line in stream:
             lines.put(line)
         lines.put(None)
 

@@ -15,7 +15,7 @@ from infctx import live
 def test_run_shows_output_and_follows_the_figures(tmp_path, monkeypatch, capsys):
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    text = live.run("fit", "-c", "recipe.yaml", "--name", "a", "--trainer.max_steps", 3)
+    text = live.output("fit", "-c", "recipe.yaml", "--name", "a", "--trainer.max_steps", 3)
     lines = live.metrics("runs/a")
     assert [x["step"] for x in lines] == [1, 2, 3]
     shown = capsys.readouterr().out
@@ -37,7 +37,7 @@ def test_what_is_typed_reaches_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     child = "import sys; print('typed', sys.stdin.read().split(), sys.argv[1:])"
     fake(monkeypatch, child)
-    assert live.run("chat", "m.pth", stdin="one\ntwo\n") == "typed ['one', 'two'] ['chat', 'm.pth']\n"
+    assert live.output("chat", "m.pth", stdin="one\ntwo\n") == "typed ['one', 'two'] ['chat', 'm.pth']\n"
 
 
 def test_an_interrupt_ends_the_command(tmp_path, monkeypatch):
