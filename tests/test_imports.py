@@ -16,7 +16,7 @@ LEVELS = [
     {"task"},
     {"bptt"},
     {"parts"},
-    {"optim", "checkpoint", "statefile", "generate", "parallel", "report", "evals", "devices", "ledger"},
+    {"optim", "checkpoint", "statefile", "generate", "parallel", "report", "live", "evals", "devices", "ledger"},
     {"tuning"},
     {"job"},
     {"costs"},
