@@ -11,7 +11,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from infctx.commands import chat, generate
 from infctx.convert import convert, export_adapter, init, merge
-from infctx.errors import ShortErrors, UserError, in_a_line
+from infctx.errors import ShortErrors, UserError, told_of
 from infctx.report import write_report
 from infctx.tuning.states import export_state
 from infctx.upstream import convert_recipe
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
-        lines = [line for line in in_a_line(str(error)).splitlines() if line.strip()][:4] or [type(error).__name__]
+        lines = [line for line in told_of(error).splitlines() if line.strip()][:4] or [type(error).__name__]
         print(f"infctx: error: {lines[0]}", *lines[1:], sep="\n", file=sys.stderr)
         raise SystemExit(2) from None
 

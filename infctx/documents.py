@@ -39,7 +39,10 @@ def prepare(sources: Source | Sequence[Source], tokenizer: Tokenizer, path: str 
     Raises: FileNotFoundError, or ValueError naming the file (and line) that cannot be used, or if nothing is left.
     """
     path, every = Path(path), listed(sources)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"data.path {path}: there is a file of that name: name a folder") from None
     for source in every:
         for warning in source.warnings():
             log.warning(warning)
@@ -167,7 +170,8 @@ def _write(sources: list[Source], tokenizer: Tokenizer, path: Path, digest: str)
                 count[key] += value
         if not count["documents"]:
             gone = ", ".join(f"{count[key]} {key}" for key in LEFT_OUT if count[key] or key == "empty")
-            raise ValueError(f"data.source.path {source.path!r}: no document with a token to learn ({gone})")
+            mend = "; lower data.source.min_tokens" if count["short"] else ""
+            raise ValueError(f"data.source.path {source.path!r}: no document with a token to learn ({gone}){mend}")
     rows.close()
     part.replace(file)
     meta = {"layout": LAYOUT, "digest": digest, "file": file.name, "bytes": file.stat().st_size, "counts": counts,

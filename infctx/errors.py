@@ -1,13 +1,18 @@
 """Errors that the user can mend, and parsers that say them in a line."""
 
 import re
+from collections.abc import Hashable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
 # What jsonargparse says of the types that a value was not meant to be.
 VAGUE = re.compile(r"NoneType|^Expected a (<class 'list'>|list|path but.*|<class 'str'>|str)$")
+
+
+UNKNOWN = re.compile(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)")
 
 
 class UserError(ValueError):
@@ -19,13 +24,47 @@ class ShortErrors:
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises: UserError, always."""
-        raise UserError(in_a_line(message))
+        told = in_a_line(message)
+        if unknown := UNKNOWN.search(told):
+            told = _no_such(unknown[1] or unknown[2], list(_options(self)))
+        raise UserError(told)
+
+
+def told_of(error: BaseException) -> str:
+    """What an error says, in plain words; one of the system names the file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    told = re.sub(r'^Parser key "([^"]+)":\s+', r"\1: ", in_a_line(str(error)))
+    told = re.sub(r"Expected a dot import path string.*?(?=; got|$)", "expected keys and values, {key: value}", told)
+    told = re.sub(r"Literal\[([^\]]*)\]", lambda found: _either(found[1].split(", ")), told)
+    told = (
+        re.sub(r"Expected an? ", "expected ", told).replace(" or expected ", " or ").replace(". Got value: ", "; got ")
+    )
+    return re.sub(r"Option ('\S+') is not accepted", r"there is no key \1", told)
 
 
 def in_a_line(message: str) -> str:
     """What is wrong, where a value could be of several types: jsonargparse tells of each type in many lines."""
     told = _of_union(message) if "Union subtypes" in message else message
     return re.sub(r"<class '([^']+)'>|typing\.(?=\w)", r"\1", told)
+
+
+def _either(values: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(values[:-1]), values[-1]]))
+
+
+def _options(parser: Any) -> Iterator[str]:
+    """The names of a parser's options, and of its verbs'."""
+    for action in parser._actions:
+        yield from (x[2:] for x in action.option_strings if x.startswith("--"))
+        for verb in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+            yield from _options(verb)
+
+
+def _no_such(key: str, options: list[str]) -> str:
+    """Of a key that is not there, and the one that was meant."""
+    alike = [x for x in options if x.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]] or get_close_matches(key, options, 1)
+    return f"{key}: there is no such key; " + (f"did you mean {alike[0]}?" if alike else "--help lists them")
 
 
 def _of_union(message: str) -> str:
@@ -49,12 +88,25 @@ def require_yaml(argv: list[str]) -> None:
     flags = [i for i, x in enumerate(argv[:-1]) if x in ("-c", "--config")]
     for file in [argv[i + 1] for i in flags] + [x.split("=", 1)[1] for x in argv if x.startswith("--config=")]:
         try:
-            recipe = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            recipe = yaml.load(Path(file).read_text(encoding="utf-8"), _Plain)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
             raise UserError(f"{file}{place}: no plain YAML: {getattr(error, 'problem', error)}") from None
         except UnicodeDecodeError:
-            raise UserError(f"{file}: not UTF-8") from None
+            raise UserError(f"{file}: not UTF-8: name a recipe, a text file in YAML") from None
         if not isinstance(recipe, dict):
-            raise UserError(f"{file}: a recipe is keys and values, found {type(recipe).__name__}")
+            found = "nothing" if recipe is None else type(recipe).__name__
+            raise UserError(f"{file}: a recipe is keys and values, found {found}")
+
+
+class _Plain(yaml.SafeLoader):
+    """As YAML says, a key is there once: of two, the parser of options would take the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Raises: ComposerError for a key given twice."""
+        keys = [key.value for key, _ in node.value]
+        for i, (key, _) in enumerate(node.value):
+            if key.value in keys[:i]:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is given twice", key.start_mark)
+        return super().construct_mapping(node, deep)

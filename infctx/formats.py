@@ -168,7 +168,7 @@ def _conversation(record: Any, source: Source) -> Any:
 def _field(record: Any, column: str, option: str) -> str:
     if not isinstance(record, Mapping) or column not in record:
         found = ", ".join(map(repr, list(record)[:5])) if isinstance(record, Mapping) else type(record).__name__
-        raise ValueError(f"no key {column!r} (data.source.{option}); found: {found}")
+        raise ValueError(f"no key {column!r}; found: {found}: name what is there in data.source.{option}")
     if not isinstance(record[column], str):
         raise ValueError(f"{column!r} must be a string, got {type(record[column]).__name__}: mend the record")
     return record[column]

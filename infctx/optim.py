@@ -47,11 +47,13 @@ class OptimizerConfig:
     decay_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"model.optimizer.lr must be above 0, got {self.lr}")
         for key in ("warmup_steps", "warmup_tokens", "weight_decay", "final_lr"):
             if (getattr(self, key) or 0) < 0:
                 raise ValueError(f"model.optimizer.{key} must be at least 0, got {getattr(self, key)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"model.optimizer.betas must be at least 0 and below 1, got {list(self.betas)}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"model.optimizer.decay_share must be above 0 and at most 1, got {self.decay_share}")
         if self.warmup_steps and self.warmup_tokens is not None:

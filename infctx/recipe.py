@@ -191,7 +191,7 @@ class CLI(LightningCLI):
             if "loading state_dict" not in str(error):
                 raise
             raise UserError(
-                f"{self.resume}: its weights are of another size than model.init or model.load says"
+                f"{self.resume}: its weights are not those of model.init, model.load and model.tuning: give what it had"
             ) from None
         if self.trainer.is_global_zero and not (self.run_folder / "metrics.jsonl").exists():
             print(f"run: {self.resume} is where the run ends; nothing to do")

@@ -159,12 +159,16 @@ def _csv(file: Path, _: Source) -> Records:
             strict=True,
             delimiter="\t" if kind(file) == ".tsv" else ",",
         )
+        begin = 1  # of the row that is read: a quote may hold lines
         try:
             names = next(lines, None)
             if names is None:
                 raise ValueError(f"{file}: empty: its first line must name the columns")
-            for row in filter(None, lines):
-                where = f"{file}, line {lines.line_num}"
+            begin = lines.line_num + 1
+            for row in lines:
+                where, begin = f"{file}, line {lines.line_num}", lines.line_num + 1
+                if not row:
+                    continue
                 if len(row) != len(names):
                     raise ValueError(
                         f"{where}: {len(row)} fields where the first line names {len(names)}: quote the text"
@@ -173,7 +177,7 @@ def _csv(file: Path, _: Source) -> Records:
         except UnicodeDecodeError:
             raise ValueError(f"{file}, after line {lines.line_num}: not UTF-8: save the file as UTF-8") from None
         except csv.Error as error:
-            raise ValueError(f"{file}, line {lines.line_num}: {error}: mend the line") from None
+            raise ValueError(f"{file}, row from line {begin} to {lines.line_num}: {error}: mend its quotes") from None
 
 
 def _parquet(file: Path, _: Source) -> Records:

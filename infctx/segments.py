@@ -280,8 +280,11 @@ class WindowLoader:
         """Go on from there. Raises: ValueError if the data, the lanes or the cuts are not the same."""
         for key, value in self.identity.items():
             if state.get(key) != value:
-                raise ValueError(f"{key} was {state.get(key)} in the checkpoint and is {value} now: "
-                                 "the run cannot go on with the same documents in the same order")  # fmt: skip
+                was, now = (str(x)[:16] for x in (state.get(key), value))
+                raise ValueError(
+                    f"{key} was {was} in the checkpoint and is {now} now: the run cannot go on with the same documents "
+                    "in the same order: give what it had, or begin anew by model.load"
+                )
         self.epoch, self.position, self._first = state["epoch"], state["position"], state["position"]
         self.plan = self.plan_of(self.epoch)
 

@@ -1,6 +1,7 @@
 """Where documents come from, as a recipe says it: files or a data set, what a record holds, how much of it is read."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 HUB = "hf:"  # how a path begins that names a data set of Hugging Face
+PREPARED = re.compile(r"([0-9a-f]{16}\.arrow|prepared\.json)(\.part)?")  # files of prepared documents
 COLUMNS = {"completion": ("prompt", "completion"), "instruction": ("instruction", "input", "output")}
 AFFIXES = {  # prefix and suffix of each column
     "completion": (("", ""), ("", "")),
@@ -187,11 +189,12 @@ class Source:
 
     def files(self) -> list[Path]:
         """The files, by name; of binidx the .idx ones. Raises: FileNotFoundError if there is none."""
-        whole, prepared = Path(self.path), "prepared.json"
-        if whole.is_dir():  # without hidden files, and without what `prepare` itself put there
-            found = [x for x in whole.rglob("*") if x.name[0] != "." and not (x.parent / prepared).exists()]
-        else:
-            found = [whole] if whole.is_file() else [Path(x) for x in glob(self.path, recursive=True)]  # noqa: PTH207 (absolute patterns too)
+        whole = Path(self.path)
+        if whole.is_file():
+            found = [whole]
+        else:  # without hidden files, and without what `prepare` itself put there
+            found = list(whole.rglob("*")) if whole.is_dir() else [Path(x) for x in glob(self.path, recursive=True)]  # noqa: PTH207 (absolute patterns too)
+            found = [x for x in found if not PREPARED.fullmatch(x.name) and not (whole.is_dir() and x.name[0] == ".")]
         if self.format == "binidx":  # a pair may be named by either file, or by what they have in common
             found = [x for x in found or [Path(f"{self.path}.idx")] if x.suffix in (".idx", ".bin")]
             found = list({x.with_suffix(".idx") for x in found if x.is_file()})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from infctx.state import BlockState, KeyMemory, State
 
+MEND = "give one that generate or chat --save_state, or export --what state, made with this model"
 PARTS, KEPT, COMMUNITY = BlockState._fields, KeyMemory._fields[:3], "att.time_state"
 
 
@@ -55,9 +56,9 @@ def load_state(path: str | Path, model: Any) -> tuple[State, dict[str, str]]:
     try:
         tensors, facts = _read(path)
     except Exception:  # a damaged file can raise anything in torch's reader
-        raise ValueError(f"{path}: not a readable state file") from None
+        raise ValueError(f"{path}: not a readable state file: {MEND}") from None
     if facts.get("arch", model.config.arch) != model.config.arch:
-        raise ValueError(f"{path}: a state of {facts['arch']}, the model is {model.config.arch}")
+        raise ValueError(f"{path}: a state of {facts['arch']}, the model is {model.config.arch}: {MEND}")
     if any(name.endswith(COMMUNITY) for name in tensors):
         return _from_matrices(path, tensors, model), facts
     n = len(tensors.get("blocks.0.att_shift", ()))
@@ -65,7 +66,7 @@ def load_state(path: str | Path, model: Any) -> tuple[State, dict[str, str]]:
     wanted = _named(like)
     if set(wanted) != set(tensors) or n == 0:
         odd = sorted(set(wanted) ^ set(tensors))[:2]
-        raise ValueError(f"{path}: not a state of this model: {', '.join(odd) or 'nothing in it'}")
+        raise ValueError(f"{path}: not a state of this model: {', '.join(odd) or 'nothing in it'}: {MEND}")
     for name, x in wanted.items():
         if x.shape[1:] != tensors[name].shape[1:] or (len(x) != len(tensors[name]) and name[7:] not in KEPT[:2]):
             raise ValueError(f"{path}: {name} is {tuple(tensors[name].shape)}, this model's {tuple(x.shape)}")

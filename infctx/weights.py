@@ -184,6 +184,10 @@ def _files(path: Path) -> list[Path]:
                 raise ValueError(f"{index}: not an index of shards") from None
         if (path / name).is_file():
             return [path / name]
+    if (path / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path}: adapters alone: give the run that they come from, or what `infctx merge` makes of it"
+        )
     if not (path / "checkpoints").is_dir():
         raise ValueError(f"{path}: no weights there: neither {' nor '.join(_HF_FILES)}, nor checkpoints of a run")
     return weight_files(newest(path))
@@ -200,7 +204,7 @@ def _read(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: not a plain file of tensors (it is damaged, or would run code)") from None
     except Exception as error:  # a damaged file can raise anything in torch's reader
-        raise ValueError(f"{path}: not a readable weight file: {_first_lines(error)}") from None
+        raise ValueError(f"{path}: not a readable weight file: {_first_lines(error)}: copy it again") from None
     if not isinstance(weights, Mapping) or not all(isinstance(x, Tensor) for x in weights.values()):
         raise ValueError(f"{path}: expected tensors by name, found other things: is this a checkpoint of a trainer? "
                          "Take its file of weights alone")  # fmt: skip
