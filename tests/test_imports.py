@@ -9,29 +9,41 @@ PACKAGE = Path(__file__).parents[1] / "infctx"
 LEVELS = [
     {"config", "world", "hf_tokenizer", "ops", "errors", "upstreamdata"},
     {"sizes", "upstream"},
-    {"tokenizer", "huggingface", "layouts", "state", "segments", "loss", "sampling", "sources", "jsonstream", "binidx"},
+    {
+        "tokenizer",
+        "huggingface",
+        "layouts",
+        "state",
+        "segments",
+        "loss",
+        "sampling",
+        "sources",
+        "jsonstream",
+        "binidx",
+        "curves",
+    },
     {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes"},
     {"formats"},
     {"documents"},
     {"task"},
     {"bptt"},
     {"parts"},
-    {"optim", "checkpoint", "statefile", "generate", "parallel", "report", "evals", "devices", "ledger"},
-    {"tuning"},
+    {"optim", "checkpoint", "statefile", "generate", "parallel", "plots", "samplepage", "evals", "devices", "ledger"},
+    {"tuning", "report"},
     {"job"},
     {"costs"},
     {"engines"},
     {"plan"},
     {"plantext"},
     {"weights", "chat"},
-    {"training", "data", "run", "convert", "commands"},
+    {"training", "data", "run", "snapshots", "convert", "commands"},
     {"planning"},
     {"check"},
     {"recipe"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-LIGHTNING = {"training", "data", "run", "recipe", "cut", "zero", "fsdp2", "launch", "watch"}
+LIGHTNING = {"training", "data", "run", "snapshots", "recipe", "cut", "zero", "fsdp2", "launch", "watch"}
 # The package's own __init__ gathers the public names from these levels.
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
