@@ -17,6 +17,7 @@ SLOTS = 6  # colours of lines
 # A stand-in of each colour, none of which a plot has for itself.
 STANDINS = {"#010203": "--ink", "#010204": "--grid"} | {f"#01{i:02x}05": f"--line{i}" for i in range(SLOTS)}
 INK, GRID, *LINES = STANDINS
+LABEL = 44  # characters of a label that fit
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -28,7 +29,8 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
     for i, (label, (xs, ys)) in enumerate(shown.items()):
         point = "o" if label in marks or len(xs) == 1 else ""
         dash = DASHES[i // SLOTS % len(DASHES)]
-        axis.plot(xs, ys, marker=point, ms=3, lw=1.3, ls=dash, color=LINES[i % SLOTS], label=label)
+        axis.plot(xs, ys, marker=point, ms=3, lw=1.3, ls=dash, color=LINES[i % SLOTS],
+                  label=label if len(label) <= LABEL else f"{label[: LABEL - 1]}…")  # fmt: skip
     if level is not None:
         axis.axhline(level[1], color=INK, lw=1, ls="--", label=level[0])
     options: dict[str, str] = {key: axes.pop(key) for key in ("xscale", "yscale") if key in axes}
@@ -37,7 +39,10 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
     axis.set(xlabel=x, ylabel=ylabel, **axes)
     _number(axis, options)
     if len(shown) + (level is not None) > 1:
-        figure.legend(loc="outside upper left", frameon=False, labelcolor=INK, fontsize=8, ncols=2, handlelength=1.6)
+        columns = 2 if max(map(len, shown)) <= 22 else 1
+        figure.legend(
+            loc="outside upper left", frameon=False, labelcolor=INK, fontsize=9, ncols=columns, handlelength=1.6
+        )
     said = "; ".join(f"{label}: {_say(ys[0])} at {_say(xs[0])}, {_say(ys[-1])} at {_say(xs[-1])}"
                      for label, (xs, ys) in list(shown.items())[:SLOTS])  # fmt: skip
     return _svg(figure, f"{title}: {ylabel} by {x}. {said}")
@@ -54,7 +59,7 @@ def heat(title: str, rows: Sequence[Sequence[float]], xlabel: str, ylabel: str, 
     bar = figure.colorbar(image, ax=axis)
     bar.solids.set_rasterized(True)
     bar.outline.set_edgecolor(GRID)
-    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.ax.tick_params(colors=INK, labelsize=9)
     flat = [x for row in rows for x in row]
     return _svg(figure, f"{title}: {what}, from {_say(min(flat))} to {_say(max(flat))}")
 
@@ -111,11 +116,11 @@ def _figure() -> tuple[Any, Any]:
     axis.patch.set_visible(False)
     axis.grid(color=GRID, lw=0.6)
     axis.set_axisbelow(True)
-    axis.tick_params(which="both", colors=INK, labelsize=8)
+    axis.tick_params(which="both", colors=INK, labelsize=9)
     for spine in axis.spines.values():
         spine.set_color(GRID)
     for label in (axis.xaxis.label, axis.yaxis.label):
-        label.set(color=INK, fontsize=9)
+        label.set(color=INK, fontsize=10)
     axis.xaxis.get_offset_text().set_color(INK)
     axis.yaxis.get_offset_text().set_color(INK)
     return figure, axis
@@ -123,12 +128,15 @@ def _figure() -> tuple[Any, Any]:
 
 def _number(axis: Any, scales: Mapping[str, str]) -> None:
     """Plain numbers at the ticks."""
-    from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    logs = [axis.xaxis] * ("xscale" in scales) + [axis.yaxis] * ("yscale" in scales)
-    for one in logs:
+    for one in [axis.xaxis] * ("xscale" in scales) + [axis.yaxis] * ("yscale" in scales):
         one.set_major_formatter(FuncFormatter(lambda x, _: _say(x)))
-        one.set_minor_formatter(FuncFormatter(lambda x, _: ""))
+        one.set_minor_formatter(NullFormatter())
+    if "yscale" in scales:
+        low, high = axis.get_ylim()
+        if high < 100 * low:  # few powers of ten, or none
+            axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high > 4 * low else (1, 1.5, 2, 3, 4, 5, 7)))
     if "xscale" not in scales:
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -13,6 +13,9 @@ _DARK = ("#e4e6ea", "#16181c", "#a3a9b3", "#474c55", "#6cb4f0", "#f59a5c", "#74c
 _NAMES = ("ink", "paper", "soft", "grid", *(f"line{i}" for i in range(plots.SLOTS)))
 
 
+MOST = 12  # sources in one plot
+
+
 def _colours(values: tuple[str, ...]) -> str:
     return "".join(f"--{name}:{x};" for name, x in zip(_NAMES, values, strict=True))
 
@@ -23,7 +26,7 @@ STYLE = (
     "*{box-sizing:border-box}body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:0 auto;padding:1rem;"
     "background:var(--paper);color:var(--ink);overflow-wrap:anywhere}"
     "h1{font-size:1.6rem;margin:.5rem 0}h2{font-size:1.25rem;margin:2rem 0 .5rem}h3{font-size:1rem;margin:1.2rem 0 0}"
-    ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem}"
+    ".plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,24rem),1fr));gap:1rem}"
     "figure{margin:0;min-width:0}figcaption{font-size:.9rem;color:var(--soft)}figcaption b{color:var(--ink)}"
     "svg{display:block;width:100%;height:auto}svg text{fill:var(--ink)}"
     "table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;text-align:left;vertical-align:top;"
@@ -110,9 +113,11 @@ def _loss(lines: list[Line], validation: list[Line]) -> str:
                 plots.curves("Loss", series, unit, marks=["validation"]))]  # fmt: skip
     sources = dict(plots.by_key(lines, "source_loss", per_token))
     held_out = {f"{x}, held out": y for x, y in plots.by_key(validation, "source_loss", per_token).items()}
-    if sources or held_out:
-        figures.append(("Loss by source", "Where the recipe has several sources.",
-                        plots.curves("Loss by source", sources | held_out, unit, marks=list(held_out))))  # fmt: skip
+    if every := sources | held_out:
+        most = dict(list(every.items())[:MOST])
+        said = "Of the tokens of each source." + (f" {len(every) - MOST:,} more are not drawn." * (len(every) > MOST))
+        svg = plots.curves("Loss by source", most, unit, marks=list(held_out))
+        figures.append(("Loss by source", said, svg))
     if positions := plots.positions(lines):
         said = "In buckets of powers of two: what the model gains from what it has read before."
         x = "position in the document, tokens"
@@ -126,7 +131,8 @@ def _gradient(lines: list[Line]) -> str:
     if borders:
         said = (
             "Norm of the gradient that a segment hands, through the states of all lanes, to the one before it: how far "
-            "back from the window's end learning reaches. Where there is no point, no gradient passes."
+            "back from the window's end learning reaches. Each holds what all later segments add; where there is no "
+            "point, none passes."
         )
         x = "segments between the border and the window's end"
         title = "Gradient at the borders of segments"

@@ -18,7 +18,7 @@ def style() -> str:
         f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{levels}"
         ".text{white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.9;margin:.5rem 0;font-size:.95rem}"
         ".text span,.key span{padding:.15em 0;outline-offset:-1px}"
-        ".key span{padding:.15em .5em;border:1px solid var(--grid)}"
+        ".key{line-height:2}.key span{display:inline-block;line-height:1.4;padding:0 .5em;border:1px solid var(--grid)}"
         ".none{color:var(--soft);text-decoration:underline dotted}"
         ".text span:hover,.text span:focus{outline:2px solid currentColor}"
         ".text span:hover::after,.text span:focus::after{content:attr(data-l);position:fixed;left:0;right:0;bottom:0;"

@@ -25,6 +25,7 @@ from infctx.tokenizer import Tokenizer
 DOCUMENTS = 3  # that are shown
 READ = 8192  # tokens of each that are read at most, and four segments at most
 SHOWN = (160, 320)  # tokens at the beginning and at the end of what was read
+GAP = 80  # between them, that is not worth a break
 
 
 class Snapshots(Callback):
@@ -150,7 +151,7 @@ def _parts(tokenizer: Tokenizer, tokens: np.ndarray, losses: list[float | None])
     """The beginning and the end of what was read, or all of it if that is not longer; no character is broken."""
     n, (head, tail) = len(tokens), SHOWN
     pieces = list(_pieces(tokenizer, tokens.tolist(), losses))
-    if n <= head + tail:
+    if n <= head + tail + GAP:
         return [{"begin": 0, "pieces": [x[1:] for x in pieces]}]
     last = [x for x in pieces if x[0] >= n - tail]
     return [
