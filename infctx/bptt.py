@@ -53,8 +53,9 @@ def window_loss(
     Returns:
         the loss, a scalar (exactly 0 with no supervised token); metrics, detached: `loss_sum` and `tokens`
         (supervised), `segment_loss` (S,) summed losses, `position_loss` and `position_tokens` by power-of-two bucket of
-        the position, `source_loss` and `source_tokens` by source of the document (of as many as the window names);
-        and the state after the window, detached.
+        the position, `source_loss` and `source_tokens` by source of the document (of as many as the window names),
+        `border_gradient` (S,) the squared norm of the loss's gradient that segment s hands, through all lanes' states,
+        to the one before it (0: nothing, as at the window's beginning); and the state after the window, detached.
     Raises: ValueError if horizon is less than 1.
     """
     if horizon is not None and horizon < 1:
@@ -142,6 +143,8 @@ class Gradient:
                     loss, after, g = self._segment(segment, borders[segment - block[0]], g)
                     lanes = after if segment == group[-1] else lanes
                     total = total + loss
+                    if segment != begin:
+                        self._note_border(segment, g)
             if begin == 0:
                 self.lanes = g
             if self.task.memory is not None:
@@ -164,6 +167,9 @@ class Gradient:
                     lanes = self._ahead(segment, lanes)
         torch.clear_autocast_cache()  # casts made without a graph: pass 2 would silently learn nothing from them
         return lanes
+
+    def _note_border(self, segment: int, g: Tensor) -> None:
+        self.task.note_border(segment, g)
 
     def _ahead(self, segment: int, lanes: Tensor) -> Tensor:
         return self.task.advance_without_graph(segment, lanes, self.fresh)[2]

@@ -5,12 +5,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from infctx.commands import chat, generate
 from infctx.convert import convert, export_adapter, init, merge
+from infctx.curves import PLANNED
 from infctx.errors import ShortErrors, UserError, told_of
 from infctx.report import write_report
 from infctx.tuning.states import export_state
@@ -52,6 +54,10 @@ def report(run: str) -> None:
     Args:
         run: run folder.
     """
+    if Path(run, PLANNED).is_file():
+        from infctx.planning import plan_again  # Lightning takes seconds to import
+
+        plan_again(Path(run))
     print(f"report: {write_report(run)}")
 
 

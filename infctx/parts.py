@@ -126,7 +126,7 @@ class Silent:
             return None
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         names = trained if self.names is None else self.names
-        self.names = {x for x in names if trained[x].grad is None or not bool(trained[x].grad.any())}
+        self.names = {x for x in names if (grad := trained[x].grad) is None or not bool(grad.any())}
         self.steps += 1
         if self.steps < self.STEPS or not self.names:
             return None

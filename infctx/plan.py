@@ -98,9 +98,20 @@ class Forecast:
         longest, lanes = self.longest(cut, ranks), self.most_lanes(cut, ranks)
         if fits:  # the sizes that were looked at may jump over the recipe's
             longest, lanes = max(longest, run.job.segment_length), max(lanes, job.lanes)
-        tokens = run.job.lanes * run.job.segments * run.job.segment_length * run.accumulate * ranks / run.time
+        tokens = self.tokens_of(ranks)
         epoch = None if run.epoch_tokens is None else seconds * run.epoch_tokens / tokens
         return Row(cut, ranks, phases, fits, seconds, tokens / seconds, epoch, longest, lanes)
+
+    def brief(self, cut: Cut, ranks: int) -> tuple[int, float]:
+        """Bytes of a rank's device at the peak, and tokens a second of all ranks: without the sizes that would fit."""
+        job = self.computed(cut)
+        phases = phases_on(cut, ranks, self.costs(job), job)
+        return device_bytes(phases), self.tokens_of(ranks) / self.step_seconds(cut, ranks)
+
+    def tokens_of(self, ranks: int) -> float:
+        """Places of an optimizer step, on all ranks."""
+        job = self.run.job
+        return job.lanes * job.segments * job.segment_length * self.run.accumulate * ranks / self.run.time
 
     def computed(self, cut: Cut) -> Job:
         """A rank's job in the precision that a strategy computes in."""

@@ -1,15 +1,22 @@
 """The command `plan`: from a recipe to a forecast. What it reads of a recipe, `check` reads too."""
 
+import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
+import yaml
+from jsonargparse import dict_to_namespace
 
 from infctx.borders import StatesConfig
 from infctx.config import ModelConfig
+from infctx.curves import PLANNED
 from infctx.data import DocumentData
 from infctx.devices import find
+from infctx.engines import STRATEGIES
 from infctx.errors import UserError
 from infctx.job import Job, require_steps
 from infctx.ops.backends import require_known
@@ -25,6 +32,7 @@ from infctx.tuning.config import Tuning
 from infctx.weights import read_model
 
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda")
+WORTH = 60  # seconds of a run beside which the few that a plan takes are nothing
 _UNPREPARED = "data.path {} holds no prepared data: run `infctx prepare`"
 PRECISIONS = {"bf16-mixed": "bf16-mixed", "bf16": "bf16-mixed"}
 
@@ -68,6 +76,49 @@ def plan_recipe(config: Any) -> None:
     rows = forecast.rows(every)
     lines = [*heading(forecast), "", *table(rows, run.job.segment_length)]
     print("\n".join(lines + (explain(forecast, rows) if config.explain else [])))
+
+
+def planned(recipe: Path, ranks: int) -> dict[str, Any]:
+    """What a run's own strategy needs on this machine: bytes of a rank at the peak, and tokens a second of all ranks.
+
+    Args: recipe: config.yaml of a run. Raises: ValueError if it cannot be planned with here.
+    """
+    config = dict_to_namespace(yaml.safe_load(recipe.read_text(encoding="utf-8")))
+    config.update(dict_to_namespace({"device": "measured", "tokens": None}))
+    if read := model_config(config.model).n_gold:
+        raise ValueError(f"{read} layers of attention take long to plan: run `infctx plan -c {recipe}`")
+    forecast, cut = Forecast(_run_of(config)), STRATEGIES[strategy_name(config.trainer.strategy, ranks)]
+    row = forecast.brief(cut, ranks)
+    return {"strategy": cut.name, "peak_memory_bytes": row[0], "tokens_per_second": row[1]}
+
+
+def note_plan(run: Path, ranks: int, device: torch.device, seconds: float = math.inf) -> None:
+    """Keep beside a run what was to be expected of it, or why that is not known: for its page.
+
+    Args: device: that the run had. seconds: that it took.
+    """
+    noted: dict[str, Any] = {"ranks": ranks, "device": _kind(device)}
+    try:
+        if seconds < WORTH:
+            raise ValueError(f"the run took less than {WORTH} s; `infctx report {run}` plans it")
+        noted |= planned(run / "config.yaml", ranks)
+    except (ValueError, OSError, RuntimeError) as error:  # the run is what counts: a device may be full, a file gone
+        noted["skipped"] = (str(error).splitlines() or [type(error).__name__])[0]
+    (run / PLANNED).write_text(json.dumps(noted))
+
+
+def plan_again(run: Path) -> None:
+    """Plan a run whose page was made without, on a machine as it had. Does nothing for one that has its plan."""
+    noted: dict[str, Any] = {"strategy": None}
+    if (run / PLANNED).is_file():
+        noted = json.loads((run / PLANNED).read_text())
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "strategy" not in noted and noted["device"] == _kind(here):
+        note_plan(run, noted["ranks"], here)
+
+
+def _kind(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def parallel_of(config: Any) -> ParallelConfig:

@@ -21,10 +21,11 @@ from infctx.errors import ShortErrors, UserError, require_yaml
 from infctx.parallel.config import ParallelConfig
 from infctx.parallel.launch import cluster_plugins, decide_once, require_world
 from infctx.parallel.watch import Watch
-from infctx.planning import data_of, plan_recipe, spell_out
+from infctx.planning import data_of, note_plan, plan_recipe, spell_out
 from infctx.preview import preview_recipe
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
+from infctx.snapshots import Snapshots
 from infctx.training import InfctxModule, refuse_precision, refuse_strategy
 
 # The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
@@ -170,7 +171,7 @@ class CLI(LightningCLI):
             checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
             checkpoint.limits = [given["max_epochs"], given["max_steps"]]
             bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
-            own["callbacks"] += [metrics, *bar]
+            own["callbacks"] += [metrics, Snapshots(self.run_folder), *bar]
             if given["logger"] in (None, True):
                 own["logger"] = TensorBoardLogger(self.run_folder, name="", version="tensorboard")
             else:
@@ -196,6 +197,8 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero and not (self.run_folder / "metrics.jsonl").exists():
             print(f"run: {self.resume} is where the run ends; nothing to do")
         elif self.trainer.is_global_zero:
+            device, seconds = self.trainer.strategy.root_device, self.model.counts["seconds"]
+            note_plan(self.run_folder, self.trainer.world_size, device, seconds)
             print(f"report: {write_report(self.run_folder)}")
 
     def validate(self, **kwargs: Any) -> None:

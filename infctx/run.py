@@ -17,6 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from infctx.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from infctx.curves import METRICS, TRAINED, VALIDATION, drop_later
+from infctx.task import DISTANCES
 
 PREFIX = "model."  # of the weights inside the LightningModule
 END = "ended.json"
@@ -26,7 +28,7 @@ class Metrics(Callback):
     """A line of `metrics.jsonl` after each optimizer step, and of `validation.jsonl` after each validation."""
 
     def __init__(self, folder: Path) -> None:
-        self.file, self.validation_file = folder / "metrics.jsonl", folder / "validation.jsonl"
+        self.file, self.validation_file = folder / METRICS, folder / VALIDATION
         self.last: dict[str, Any] = {}
         self._step, self._clock = 0, 0.0
 
@@ -34,13 +36,12 @@ class Metrics(Callback):
         """Say what is ahead; forget the lines of steps that a resumed run will make again."""
         if trainer.is_global_zero:
             print(pl_module.trained)
+            (self.file.parent / TRAINED).write_text(pl_module.trained + "\n", encoding="utf-8")
             print(trainer.datamodule.describe(pl_module.horizon), flush=True)  # type: ignore[attr-defined]
         self._step, self._clock = trainer.global_step, time.perf_counter()
         for file in (self.file, self.validation_file):
-            if trainer.is_global_zero and file.exists():
-                lines = file.read_bytes().splitlines(keepends=True)
-                kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= trainer.global_step]
-                file.write_bytes(b"".join(kept))
+            if trainer.is_global_zero:
+                drop_later(file, trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         """Write the figures of a step that has just been made."""
@@ -63,6 +64,10 @@ class Metrics(Callback):
             "position_loss": [[i, float(sums["position_loss"][i]), int(sums["position_tokens"][i])] for i in filled],
             "source_loss": by_source(trainer.datamodule.train.names, sums["source_loss"], sums["source_tokens"]),  # type: ignore[attr-defined]
         }
+        if far := border_norms(sums["border_gradient"]):
+            self.last["border_gradient"] = far
+        if len(set(pl_module.group_rates.values())) > 1:
+            self.last["group_lr"] = list(pl_module.group_rates.items())
         if trainer.is_global_zero:
             with self.file.open("a") as stream:
                 stream.write(json.dumps(self.last) + "\n")
@@ -229,6 +234,11 @@ def read_end(run: Path) -> list[int] | None:
         return json.loads((run / END).read_text())
     except (OSError, ValueError):
         return None
+
+
+def border_norms(squares: torch.Tensor) -> list[list[float]]:
+    """(distance in segments from the window's end, norm) where a gradient passes. Args: squares: of DISTANCES."""
+    return [[d, float(f"{x:.6g}")] for d, x in zip(DISTANCES, squares.sqrt().tolist(), strict=True) if x > 0]
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 B lanes, S segments, N sequences in a segment, M tokens in them, D numbers in a state, all of it in one row.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from infctx.segments import Sequences, Window, sequences
 from infctx.state import KeyMemory, State, pack, unpack
 
 POSITION_BUCKETS = 40  # bucket i holds positions 2^i - 1 to 2^(i+1) - 2 of a document
+# Borders of a window that a line of figures has, in segments before its end: two in an octave.
+DISTANCES = tuple(sorted({1 << i for i in range(32)} | {3 << i for i in range(31)}))
 
 
 class Metrics(NamedTuple):
@@ -27,13 +30,14 @@ class Metrics(NamedTuple):
     position_tokens: Tensor
     source_loss: Tensor
     source_tokens: Tensor
+    border_gradient: Tensor
 
     @classmethod
     def zeros(cls, window: Window, device: torch.device) -> "Metrics":
         """Nothing seen yet, on the device that trains."""
-        buckets = POSITION_BUCKETS if window.position is not None else 0
+        buckets, segments = POSITION_BUCKETS if window.position is not None else 0, window.tokens.shape[1]
         count = window.sources.number if window.sources is not None else 0
-        sizes = ((), (), (window.tokens.shape[1],), (buckets,), (buckets,), (count,), (count,))
+        sizes = ((), (), (segments,), (buckets,), (buckets,), (count,), (count,), (segments,))
         return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for size in sizes))
 
     def add(self, segment: int, sequence: Sequences, losses: Tensor) -> None:
@@ -49,6 +53,19 @@ class Metrics(NamedTuple):
         if sequence.source is not None:
             self.source_loss.index_add_(0, sequence.source, losses.double())
             self.source_tokens.index_add_(0, sequence.source, learnt.double())
+
+    def add_border(self, segment: int, g: Iterable[Tensor]) -> None:
+        """Count what a segment hands to the one before it. Args: g: (B, D_i), together the gradient of the states."""
+        for part in g:
+            self.border_gradient[segment] += torch.linalg.vector_norm(part).double().square()
+
+
+def by_distance(border_gradient: Tensor) -> Tensor:
+    """Of a window's borders (S,), those DISTANCES before its end; 0 where it is not that long."""
+    far = border_gradient.new_zeros(len(DISTANCES))
+    inside = [len(border_gradient) - d for d in DISTANCES if d < len(border_gradient)]
+    far[: len(inside)] = border_gradient[inside]
+    return far
 
 
 class Task(NamedTuple):
@@ -102,6 +119,10 @@ class Task(NamedTuple):
         total, losses = token_losses(x, self.model.head.weight, s.targets, self.l2_penalty)
         self.metrics.add(segment, s, losses)
         return total
+
+    def note_border(self, segment: int, *g: Tensor) -> None:
+        """Note the gradient (B, D), whole or in parts, that a segment hands to the one before it."""
+        self.metrics.add_border(segment, g)
 
     def divide(self, total: Tensor) -> Tensor:
         """By the normaliser, keeping the dtype."""

@@ -29,6 +29,7 @@ from infctx.parallel.zero import ZeRO
 from infctx.parts import Group, Part, Silent, freeze, table
 from infctx.segments import Window
 from infctx.state import State
+from infctx.task import by_distance
 from infctx.tuning.base import Base, require_trained
 from infctx.tuning.config import Tuning
 from infctx.tuning.tune import apply_tuning
@@ -88,6 +89,7 @@ class InfctxModule(pl.LightningModule):
         self.step_sums: dict[str, Tensor] = {}  # what the optimizer step has seen so far, on this rank
         self.counts = {"tokens": 0, "documents": 0, "seconds": 0.0}  # of the whole run, on all ranks
         self.learning_rate = self.grad_norm = 0.0
+        self.group_rates: dict[str, float] = {}  # of each group of the optimizer
         self._resumed: dict[str, Any] = {}
         self.outline: Outline | None = None  # of a model whose weights are in pieces
         self.runner: Runner = run_alone
@@ -138,6 +140,7 @@ class InfctxModule(pl.LightningModule):
         _refuse_non_finite(loss, metrics, window, index)
         seen = torch.stack([torch.count_nonzero(x) for x in (window.ids >= 0, window.start)]).double()
         seen *= self.trainer.global_rank % self.parallel.time == 0  # ranks that share lanes see the same window
+        metrics["border_gradient"] = by_distance(metrics["border_gradient"])
         for name, x in {**metrics, "seen": seen.to(self.device)}.items():
             if name != "segment_loss":
                 self.step_sums[name] = self.step_sums[name] + x if name in self.step_sums else x
@@ -152,6 +155,7 @@ class InfctxModule(pl.LightningModule):
         """Note the rate of this step, and the norm of its gradient before clipping, unless DeepSpeed will tell it."""
         first = optimizer.param_groups[0]
         self.learning_rate = first["lr"] / Group(*first["own"]).factor
+        self.group_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         if not isinstance(self.trainer.strategy, ZeRO):
             self.note_norm(total_norm(self.model))
             if warning := self.silent.look(self.model):

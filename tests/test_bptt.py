@@ -11,6 +11,7 @@ from infctx.borders import StatesConfig
 from infctx.bptt import window_loss
 from infctx.segments import Window, sequences
 from infctx.state import pack, unpack
+from infctx.task import DISTANCES, by_distance
 
 # Two lanes: one goes on from a carried state and changes document in mid-segment, twice in one segment, and has cuts at
 # odd places (padding in the middle of a lane); the other starts afresh and ends with a segment of one token.
@@ -32,11 +33,16 @@ class LearntState(nn.Module):
         return unpack(self.initial.expand(n, -1), self.model.initial_state(1), self.model.initial_state(n).memory)
 
 
-def plain(model, window, carried, horizon=None):
-    """One pass of autograd over the window, document by document, with detach at the horizon's borders."""
+def plain(model, window, carried, horizon=None, borders=None):
+    """One pass of autograd over the window, document by document, with detach at the horizon's borders.
+
+    borders: a list that gets the lanes' states before each segment.
+    """
     total, tokens = 0.0, 0
     states = [carried.row(i) for i in range(len(window.tokens))]
     for segment in range(window.tokens.shape[1]):
+        if borders is not None:
+            borders.append([x for state in states for block in state.blocks for x in block if x.numel()])
         for lane in range(len(states)):
             if horizon and segment and segment % horizon == 0:
                 states[lane] = detached(states[lane])
@@ -121,6 +127,30 @@ def test_metrics_by_segment_position_and_source():
     by_source = torch.bincount(window.sources.of[window.ids[learnt]], minlength=3)
     assert metrics["source_tokens"].tolist() == by_source.tolist() and by_source[0] and by_source[2]
     assert metrics["source_loss"].sum() == pytest.approx(float(metrics["loss_sum"]))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("horizon", [None, 1, 3])
+def test_gradient_at_borders_equals_autograd(arch, horizon):
+    """Of what segment s hands to the one before; nothing where the horizon cuts, and at the window's beginning."""
+    model, window, carried = case(arch)
+    metrics, borders = gradient(model, window, carried, horizon)[1], []
+    loss, _ = plain(model, window, carried, horizon, borders)
+    inner, expected = [x for states in borders[1:] for x in states], [0.0]
+    grads = iter(torch.autograd.grad(loss, inner, allow_unused=True, materialize_grads=True))
+    expected += [sum(float(next(grads).square().sum()) for _ in states) for states in borders[1:]]
+    assert sum(x > 0 for x in expected) == {None: SEGMENTS - 1, 1: 0, 3: 5}[horizon]
+    ours = metrics["border_gradient"].sqrt()
+    assert worst([*ours], [*torch.tensor(expected, dtype=torch.float64).sqrt()]) < 1e-10
+
+
+def test_borders_in_a_line_of_figures():
+    """By distance from the window's end, two in an octave, however long it is."""
+    for segments in (1, 2, 9, 10_000):
+        far = by_distance(torch.arange(segments).double())  # border s is segments - s before the end
+        found = {d: segments - int(x) for d, x in zip(DISTANCES, far) if x}
+        assert found == {d: d for d in DISTANCES if d < segments} and len(far) == len(DISTANCES) < 64
+    assert DISTANCES[:9] == (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
 @pytest.mark.parametrize("arch", ["rwkv4", "rwkv7", "goldfinch"])

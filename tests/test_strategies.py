@@ -120,6 +120,13 @@ def same_steps(project, name, way):
     for x, y in zip(two, one):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5), (name, way)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4), (name, way)
+        borders = [dict(line["border_gradient"]) for line in (x, y)]
+        assert borders[0] == pytest.approx(borders[1], rel=1e-3) and borders[1][1] > 0, (name, way)
+    samples = [json.loads((project / "runs" / f"{x}-{way}" / "samples.json").read_text()) for x in (name, "one")]
+    for texts in zip(*samples, strict=True):
+        ours, theirs = ([loss for part in x["parts"] for _, losses in part["pieces"] for loss in losses[-1:]]
+                        for x in texts)  # fmt: skip
+        assert ours[1:] == pytest.approx(theirs[1:], abs=2e-3) and max(theirs[1:]) > 0.1, (name, way)
     assert relative(first_gradient(project, f"{name}-{way}"), first_gradient(project, f"one-{way}")) <= 1e-6, name
     (ours, _), (theirs, _) = (checkpoint(project, f"{x}-{way}", 5) for x in (name, "one"))
     assert ours.keys() == theirs.keys()

@@ -31,6 +31,11 @@ def test_states_and_losses_are_those_of_one_rank(ranks):
         for name in ("tokens", "position_tokens"):
             assert torch.equal(parts[name], alone["metrics"][name]), case
         assert relative(parts["position_loss"], alone["metrics"]["position_loss"]) < 1e-13, case
+        # A rank measures layer by layer what one rank measures at once.
+        borders = parts["border_gradient"], alone["metrics"]["border_gradient"]
+        assert relative(*borders) < (1e-12 if case.dtype == "float64" else 1e-5), case
+        passes = case.how != "validation" and case.horizon != 1 and case.window == "ugly"
+        assert bool(borders[0].any()) or not passes, case
         loss, bound = sum(x["loss"] for x in ours), 1e-13 if case.dtype == "float64" else 1e-6
         assert abs(loss - alone["loss"]) <= bound * abs(alone["loss"]), case
         for x in ours:

@@ -74,6 +74,11 @@ class Part(Task):
         """Never: ranks run in step, with or without tokens."""
         return False
 
+    def note_border(self, segment: int, *g: Tensor) -> None:
+        """Once: it is whole on every rank, and metrics are summed over them."""
+        if self.line.rank == 0:
+            super().note_border(segment, *g)
+
     def advance(
         self, segment: int, lanes: Tensor, fresh: Tensor, past: KeyMemory | None
     ) -> tuple[Tensor | None, Sequences, Tensor, Tensor | None]:

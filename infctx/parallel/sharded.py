@@ -112,6 +112,9 @@ class SegmentGradient(Gradient):
         (lanes,) = self.engine.forward(self._without_graph, segment, lanes, False)
         return lanes
 
+    def _note_border(self, segment: int, g: Tensor) -> None:
+        self.task.note_border(segment, g / self.engine.ranks)  # see `_segment`: it has that factor
+
     @torch.enable_grad()
     def _segment(self, segment: int, before: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         before, memory, empty = before.detach().requires_grad_(), self.task.memory, self.task.empty(segment)

@@ -168,6 +168,8 @@ class WaveGradient(Gradient):
             g = self._gradients(loss, passage)
         if segment == 0:
             self.lanes = torch.cat(g, 1)
+        elif segment != wave.group[0]:
+            task.note_border(segment, *g)
         self.kept.drop(segment)
         return loss.detach()
 
