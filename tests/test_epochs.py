@@ -146,8 +146,9 @@ def spelt(parts):
 
 def digest(window):
     """Equal where windows are."""
-    total = hashlib.blake2b(str((window.tokens.shape, window.normaliser)).encode())
-    for x in window[:5]:
+    real = window.ids >= 0
+    total = hashlib.blake2b(f"{window.tokens.shape} {window.normaliser}".encode())
+    for x in (real.nonzero(), *(x[real] for x in window[:5])):
         total.update(x.numpy())
     return total.hexdigest()
 
@@ -234,7 +235,7 @@ def test_each_target_as_often_as_its_weight_says(corpora, lanes, segments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lanes", "segments"), [(1, None), (5, None), (16, None), (1, 16), (8, 4), (32, 8)])
+@pytest.mark.parametrize(("lanes", "segments"), [(1, None), (3, None), (8, None), (1, 16), (8, 4), (32, 8)])
 def test_each_target_of_100000_documents(corpora, lanes, segments):
     check(corpora(100_000, 1_000_000), lanes, segments, 12)
 
