@@ -18,7 +18,7 @@ from infctx.segments import Documents, Plan, Window, WindowLoader
 from infctx.tokentext import BORDER, CLOSE, LEARNT, MARKS, NOTE, OPEN, READ, add_tokens
 
 HEAD, TAIL = 400, 200  # tokens shown of a long document
-BAR = 40  # characters of the longest one
+BAR = 24  # characters of the longest one: the line fits on a phone
 PAGE = (
     '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
     "<title>preview</title><style>{stylesheet}body{{color:{foreground};background:{background};margin:2rem auto;"
@@ -221,9 +221,10 @@ def summary(data: DocumentData, horizon: int | None) -> list[str]:
 def histogram(lengths: np.ndarray) -> list[str]:
     """Bars by power of two. Args: lengths: (documents,), 1 or more."""
     counts = np.bincount(np.frexp(lengths)[1] - 1)
-    low, top = int(np.flatnonzero(counts)[0]), counts.max()
-    width = len(f"{2 ** len(counts) - 1:,}")
-    return [
-        f"{2**i:>{width},} to {2 ** (i + 1) - 1:>{width},} {n:>{len(f'{top:,}')},} {'█' * int(np.ceil(n * BAR / top))}".rstrip()
-        for i, n in enumerate(counts.tolist()) if i >= low
-    ]  # fmt: skip
+    top = int(counts.max())
+    width, lines = len(f"{2 ** len(counts) - 1:,}"), list[str]()
+    for i in range(int(np.flatnonzero(counts)[0]), len(counts)):
+        span = f"{2**i:>{width},} to {2 ** (i + 1) - 1:>{width},}"
+        bar = "█" * -(-int(counts[i]) * BAR // top)
+        lines.append(f"{span} {counts[i]:>{len(f'{top:,}')},} {bar}".rstrip())
+    return lines
