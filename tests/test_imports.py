@@ -10,7 +10,7 @@ LEVELS = [
     {"config", "world", "hf_tokenizer", "ops", "errors", "upstreamdata"},
     {"sizes", "upstream"},
     {"tokenizer", "huggingface", "layouts", "state", "segments", "loss", "sampling", "sources", "jsonstream", "binidx"},
-    {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes"},
+    {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes", "loader"},
     {"formats"},
     {"documents"},
     {"task"},
