@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from infctx.documents import ArrowDocuments, prepare
+from infctx.loader import WindowLoader
 from infctx.parallel.config import ParallelConfig
-from infctx.segments import Plan, Sources, Window, WindowLoader
+from infctx.segments import Plan, Sources, Window
 from infctx.sources import Source, chosen, listed
 from infctx.tokenizer import load_tokenizer
 

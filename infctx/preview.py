@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from infctx.data import DocumentData
+from infctx.loader import Documents, WindowLoader
 from infctx.loss import IGNORED
 from infctx.planning import data_of, parallel_of, require_sound, stand_in
-from infctx.segments import Documents, Plan, Window, WindowLoader
+from infctx.segments import Plan, Window
 from infctx.tokentext import BORDER, CLOSE, LEARNT, MARKS, NOTE, OPEN, READ, add_tokens
 
 HEAD, TAIL = 400, 200  # tokens shown of a long document

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from infctx.bptt import run_alone, window_loss
 from infctx.curves import METRICS, SAMPLES, STATE_NORMS, drop_later
+from infctx.loader import Documents
 from infctx.loss import IGNORED
-from infctx.segments import Documents, Sequences, Window
+from infctx.segments import Sequences, Window
 from infctx.state import State
 from infctx.task import Metrics, Task
 from infctx.tokenizer import Tokenizer

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from tiny import VOCAB, tiny_model
 
 from infctx.bptt import window_loss
+from infctx.loader import WindowLoader
 from infctx.parallel.scan import Scan
 from infctx.parallel.wavefront import Wavefront
-from infctx.segments import Plan, WindowLoader
+from infctx.segments import Plan
 
 ARCHS = ["rwkv7", "rwkv6", "rwkv4", "rwkv5", "goldfinch", "rwkv7a"]
 

@@ -22,7 +22,7 @@ LEVELS = [
         "binidx",
         "curves",
     },
-    {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes"},
+    {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes", "loader"},
     {"formats"},
     {"documents", "tokentext"},
     {"task"},

@@ -13,8 +13,9 @@ from tiny import make_project, run
 from infctx.data import DocumentData
 from infctx.documents import prepare
 from infctx.huggingface import HuggingFaceTokenizer
+from infctx.loader import WindowLoader
 from infctx.preview import HEAD, TAIL, histogram, joined, stretches
-from infctx.segments import Plan, WindowLoader
+from infctx.segments import Plan
 from infctx.sources import Source
 from infctx.tokenizer import ByteTokenizer, load_tokenizer
 from infctx.tokentext import add_tokens, pieces

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from infctx.segments import Plan, WindowLoader
+from infctx.loader import WindowLoader
+from infctx.segments import Plan
 
 LENGTHS = np.array([int(x) for x in 10 ** np.random.default_rng(0).uniform(0, 4, 300)], dtype=np.int64)
 
