@@ -204,7 +204,7 @@ BAD = [
         "a.csv, line 3: 1 fields where the first line names 2: quote the text",
     ),
     ("a.csv", b'prompt,completion\na,"b"c\n', PAIR, "a.csv, line 2: "),
-    ("a.csv", b'prompt,completion\na,"b\n', PAIR, "a.csv, row from line 2 to 2: unexpected end of data: mend its quotes"),
+    ("a.csv", b'prompt,completion\na,"b\n', PAIR, "a.csv, line 2: unexpected end of data: mend the quotes"),
     ("a.csv", b"", PAIR, "a.csv: empty: its first line must name the columns"),
     ("a.csv", b"prompt,completion\n", PAIR, "no document with a token to learn (0 empty)"),
     (
