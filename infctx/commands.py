@@ -1,5 +1,6 @@
 """The commands that make text."""
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -133,11 +134,18 @@ def _print_pieces(pieces: Iterable[str]) -> None:
 
 
 def _typed() -> Iterator[str]:
+    """What is typed or piped in; a line in another encoding is no reason to lose the conversation."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
-            yield input("User: " if sys.stdin.isatty() else "")
+            line = input("User: " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             return
+        if any("\udc80" <= x <= "\udcff" for x in line):
+            print(f"not read: the line is not {sys.stdin.encoding} text")
+        else:
+            yield line
 
 
 def _print_json(stream: Stream, prompts: list[str]) -> None:

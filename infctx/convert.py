@@ -1,13 +1,16 @@
 """The commands that make and change weight files."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from infctx.config import ModelConfig
 from infctx.layouts import Weights
 from infctx.models.rwkv import RWKV, init_model
+from infctx.sampling import SEEDS
 from infctx.sizes import WORLD, sized
 from infctx.tuning.adapters import merge as merge_adapters
 from infctx.tuning.adapters import save_adapter
@@ -37,6 +40,7 @@ def convert(
     """
     if Path(src).resolve() == Path(dst).resolve():
         raise ValueError(f"{dst}: src and dst are the same: name another file")
+    _require_new(dst)
     config, weights = read_model(src)
     if dtype is not None:
         weights = _cast_all(weights, dtype)
@@ -71,6 +75,11 @@ def compare(left: str | Path, right: str | Path) -> float:
     return _difference(*(_logits(load_model(path, torch.float32)) for path in (left, right)))
 
 
+def _require_new(out: str) -> None:
+    if Path(out).is_file():
+        raise ValueError(f"{out}: there is such a file already: choose another name, or remove it")
+
+
 def merge(run: str, out: str, dtype: Dtype = "float32") -> None:
     """Write the weights of a run with adapters, with these added to them.
 
@@ -79,6 +88,7 @@ def merge(run: str, out: str, dtype: Dtype = "float32") -> None:
         out: file to write: .pth or .safetensors; a name without suffix: a folder for Hugging Face's software.
         dtype: of the weights, after the addition in float32.
     """
+    _require_new(out)
     model = _tuned(run)
     before = _logits(model)
     merge_adapters(model)
@@ -136,13 +146,31 @@ def init(
         seed: of the random values.
         dtype: of the weights.
     """
+    _require_new(out)
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
     config = sized(
         arch, size, n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, head_size=head_size, dim_ffn=dim_ffn,
         ranks=ranks, n_gold=n_gold,
     )  # fmt: skip
-    model = init_model(config, seed).to(getattr(torch, dtype))
+    model = _initial(config, seed).to(getattr(torch, dtype))
     save_model(model, out)
     state = sum(math.prod(x.shape) for block in model.initial_state(1).blocks for x in block)
     print(
         f"{config.arch}, {sum(p.numel() for p in model.parameters()):,} parameters, state of {state:,} numbers: {out}"
     )
+
+
+def _initial(config: ModelConfig, seed: int) -> RWKV:
+    """A new model. Raises: ValueError if there is no memory for it."""
+    small = "choose fewer n_layer, n_embd or vocab_size"
+    try:
+        with torch.device("meta"):
+            size = sum(4 * p.numel() for p in RWKV(config).parameters())
+        if size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise ValueError(
+                f"{config.arch}: its weights are {size / 1e9:,.0f} GB, more than this machine's memory: {small}"
+            )
+        return init_model(config, seed)
+    except RuntimeError as error:  # what torch makes of sizes that no memory holds
+        raise ValueError(f"{config.arch}: no memory for it: {str(error).splitlines()[0][:200]}: {small}") from None

@@ -177,7 +177,8 @@ def _csv(file: Path, _: Source) -> Records:
         except UnicodeDecodeError:
             raise ValueError(f"{file}, after line {lines.line_num}: not UTF-8: save the file as UTF-8") from None
         except csv.Error as error:
-            raise ValueError(f"{file}, row from line {begin} to {lines.line_num}: {error}: mend its quotes") from None
+            place = f"line {begin}" if begin >= lines.line_num else f"lines {begin} to {lines.line_num}"
+            raise ValueError(f"{file}, {place}: {error}: mend the quotes") from None
 
 
 def _parquet(file: Path, _: Source) -> Records:

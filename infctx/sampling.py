@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST = 1e6  # of a penalty: of sums and products with larger ones, nothing finite may be left
+SEEDS = 1 << 63
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -44,11 +47,11 @@ class Sampling:
             "temperature": (0 <= self.temperature < math.inf, "at least 0"),
             "top_k": (self.top_k >= 0, "at least 0 (0: all tokens)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 (1: none)"),
-            "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
-            "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
+            "repetition_penalty": (1 / LARGEST <= self.repetition_penalty <= LARGEST, "from 1e-6 to 1e6 (1: none)"),
+            "presence_penalty": (abs(self.presence_penalty) <= LARGEST, "from -1e6 to 1e6"),
+            "frequency_penalty": (abs(self.frequency_penalty) <= LARGEST, "from -1e6 to 1e6"),
             "stop": (all(self.stops), "texts that are not empty"),
-            "seed": (self.seed >= 0, "at least 0"),
+            "seed": (0 <= self.seed < SEEDS, "at least 0 and below 2**63"),
         }
         for name, (sound, rule) in rules.items():
             if not sound:

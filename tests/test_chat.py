@@ -179,6 +179,19 @@ def chat(tmp_path, monkeypatch, capsys):
     return talk
 
 
+def test_a_line_in_another_encoding_is_told_and_left_out(chat, monkeypatch, tmp_path, capsys):
+    scripted(monkeypatch, " One.", " Two.")
+    typed = io.TextIOWrapper(io.BytesIO(b"a\nna\xefve\n" + "ç\n".encode()), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    run(monkeypatch, "chat", "model.pth", "--tokenizer", "bytes", "--save_state", "talk.safetensors")
+    said = capsys.readouterr().out
+    assert said == "Assistant: One.\n\nnot read: the line is not utf-8 text\nAssistant: Two.\n\n"
+    loaded = Conversation.load("talk.safetensors", infctx.load_model("model.pth"), WORDS, GREEDY)
+    assert loaded.turns == 2
+    state = read(loaded.model, [WORDS.encode("User: a\n\nAssistant: One.\n\nUser: ç\n\nAssistant: Two.\n\n")])[1]
+    assert worst([pack(loaded.state)], [pack(state)]) < 1e-5
+
+
 def test_command(chat, monkeypatch):
     scripted(monkeypatch, " One.\n\nUser:", " Two.")
     assert chat("a\n\nb\n") == "Assistant: One.\n\nAssistant: Two.\n\n"

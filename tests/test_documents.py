@@ -99,8 +99,8 @@ BAD = {
     ],
     "jsonl": [
         (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-        (b'{"text": "a"}\n["b"]\n', "line 2: no key 'text' (data.source.column); found: list"),
-        (b'{"tex": "a"}', "line 1: no key 'text' (data.source.column); found: 'tex'"),
+        (b'{"text": "a"}\n["b"]\n', "line 2: no key 'text'; found: list"),
+        (b'{"tex": "a"}', "line 1: no key 'text'; found: 'tex'"),
         (b'{"text": null}', "'text' must be a string, got NoneType"),
         (b'{"text": "\\ud800"}', "line 1: the text holds a lone surrogate"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2: not JSON in UTF-8"),

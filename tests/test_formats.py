@@ -290,10 +290,10 @@ def said(role, content):
 TALKS = {"format": "messages"}
 NO_TEXT = "message 1: its content must be text, got"
 BAD = [
-    ({"prompt": "a"}, {"format": "completion"}, "no key 'completion' (data.source.columns); found: 'prompt'"),
+    ({"prompt": "a"}, {"format": "completion"}, "no key 'completion'; found: 'prompt'"),
     ({"prompt": "a", "completion": 3}, {"format": "completion"}, "'completion' must be a string, got int"),
-    (["a"], {"format": "instruction"}, "no key 'instruction' (data.source.columns); found: list"),
-    ({"x": 1}, TALKS, "no key 'messages' (data.source.column); found: 'x'"),
+    (["a"], {"format": "instruction"}, "no key 'instruction'; found: list"),
+    ({"x": 1}, TALKS, "no key 'messages'; found: 'x'"),
     ({"messages": "hi"}, TALKS, "a conversation must be a list of messages, got str"),
     ({"messages": []}, TALKS, "a conversation must be a list of messages, got []"),
     ({"messages": ["hi"]}, TALKS, "message 1 must have role and content, or from and value"),

@@ -277,3 +277,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     peaks = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     print(peaks)
     assert len(peaks) == 8 and peaks[-1] - peaks[3] < 16_000, peaks
+
+
+@pytest.mark.parametrize("source", ["texts", "texts/**"])
+@pytest.mark.parametrize("path", ["texts", "texts/prepared"])
+def test_prepared_documents_among_the_texts_are_no_texts(tmp_path, monkeypatch, capsys, source, path):
+    monkeypatch.chdir(make_project(tmp_path / "project", (40, 30)))
+    for said in ("data: prepared", "is up to date"):
+        with pytest.raises(SystemExit, match="0"):
+            run(monkeypatch, "prepare", "-c", "recipe.yaml", "--data.source.path", source, "--data.path", path)
+        out = capsys.readouterr().out
+        assert said in out and "2 documents" in out

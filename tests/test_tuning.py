@@ -12,7 +12,7 @@ from infctx.parts import freeze
 from infctx.segments import Window
 from infctx.statefile import load_state, save_state, to_runtime
 from infctx.tuning.config import Tuning
-from infctx.tuning.states import export_state, state_names
+from infctx.tuning.states import export_state, names_to_learn
 from infctx.tuning.tune import apply_tuning
 
 DOCUMENTS = (21, 9, 30, 14)
@@ -24,7 +24,7 @@ def tuned_model(arch, dtype=torch.float64, shift=True, **sizes):
     freeze(model, apply_tuning(model, Tuning(shift=shift)))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for name in state_names(model, shift):
+        for name in names_to_learn(model, shift):
             p = model.get_parameter(name)
             p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
             if p.dim() == 2:  # RWKV-4: a denominator above 0
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_whole_documents(arch, record_property):
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(1, 50, (n,), generator=generator) for n in DOCUMENTS]
     learnt = [p for p in model.parameters() if p.requires_grad]
-    assert len(learnt) == len(state_names(model, True))
+    assert len(learnt) == len(names_to_learn(model, True))
     loss, _, _ = window_loss(model, window_of(documents), None)
     ours = torch.autograd.grad(loss, learnt)
     total = sum(torch.nn.functional.cross_entropy(model(d[None, :-1])[0][0], d[1:], reduction="sum") for d in documents)
@@ -72,7 +72,7 @@ def test_files_keep_the_learnt_state(tmp_path, arch):
         loaded = infctx.load_model(tmp_path / name)
         assert torch.equal(loaded(tokens)[0], expected)
     low = infctx.load_model(tmp_path / "merged.pth", torch.bfloat16)
-    assert all(low.get_parameter(name).dtype == torch.float32 for name in state_names(low, True))
+    assert all(low.get_parameter(name).dtype == torch.float32 for name in names_to_learn(low, True))
     plain = tiny_model(arch, torch.float32)
     assert not torch.allclose(plain(tokens)[0], expected)
     export_state(model, str(tmp_path / "state.safetensors"))
@@ -105,6 +105,10 @@ def test_a_state_is_tuned_exported_and_used(tmp_path, monkeypatch, capsys):
     before, after = infctx.load_model("base.pth").state_dict(), infctx.load_model("runs/a").state_dict()
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     assert {name for name in after if name not in before} == {f"blocks.{i}.att.time_state" for i in range(2)}
+    low = infctx.load_model("runs/a", torch.bfloat16)
+    assert {x.dtype for name, x in low.state_dict().items() if name in before} == {torch.bfloat16}
+    for i in range(2):
+        assert torch.equal(low.get_parameter(f"blocks.{i}.att.time_state"), after[f"blocks.{i}.att.time_state"])
     saved = torch.load("runs/a/checkpoints/step-12/training.pt", weights_only=True)["optimizer_states"][0]
     (group,) = saved["param_groups"]
     assert len(group["params"]) == 2 and group["initial_lr"] == 0.05

@@ -12,7 +12,7 @@ from infctx.tuning.config import Tuning
 
 def add_state(model: Any, tuning: Tuning) -> None:
     """Make the initial state of a model something to learn. Raises: ValueError for a start unfit for it."""
-    names = state_names(model, tuning.shift)
+    names = names_to_learn(model, tuning.shift)
     if missing := [name for name in names if name not in dict(model.named_parameters())]:
         model.add_states(missing)
     if tuning.start is not None:
@@ -20,7 +20,7 @@ def add_state(model: Any, tuning: Tuning) -> None:
         begin_with(model, state, tuning)
 
 
-def state_names(model: Any, shift: bool) -> list[str]:
+def names_to_learn(model: Any, shift: bool) -> list[str]:
     """Of the parameters that the initial state is learnt as.
 
     GoldFinch's attention layers have no recurrence, and what their token shift begins with changes nothing: it enters
