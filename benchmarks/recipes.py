@@ -25,9 +25,9 @@ NAMES = {"rwkv4": "RWKV-4", "rwkv5": "RWKV-5", "rwkv6": "RWKV-6", "rwkv7": "RWKV
 PLANNED = r"([\d.?]+) GiB on each device \(([\w-]+), (\d+) ranks?\)(?:, [^:]*)?: (infctx plan .+)"
 HEAD = """# Recipes
 
-One for each kind of work: copy the nearest one and change its paths. Sizes and precision are those of a published
-model on the device that the memory was planned for; the header of each file says what it needs, what of the gradient is
-cut, and what was measured. Many devices: `strategy/`, as a second `-c`.
+One for each kind of work: copy the nearest one and change its paths. The header of each says what it needs, what of the
+gradient is cut, how its memory was planned, and what was measured. `strategy/` has what many devices need, to be given
+as a second `-c`.
 
 | recipe | model | what for | trained | read at once | memory, GiB |
 |---|---|---|---|---|---|
