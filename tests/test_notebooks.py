@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # What makes each of them a matter of seconds; all that it asserts holds here too.
 SMALL = {
-    "1-the-state-is-memory": {"arch": "rwkv6", "segment_length": 8, "segments": 8},
+    "1-the-state-is-memory": {"arch": "rwkv6", "segment_length": 16, "segments": 8},
     "2-what-truncation-costs": {"horizons": ["null", 1]},
     "3-your-own-long-text": {"characters": 15_000},
     "4-state-tuning": {"base_documents": 2400, "style_documents": 480},
