@@ -325,8 +325,9 @@ def test_in_a_browser(tmp_path, dark):
     write_report(folder)
     (folder / "measure.html").write_text(MEASURE)
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    command = ["chromium", *CHROMIUM, scheme, "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile",
-               "--window-size=1700,1000", "--hide-scrollbars", "--dump-dom", f"file://{folder}/measure.html"]  # fmt: skip
+    profile = f"--user-data-dir={tmp_path}/profile"
+    command = ["chromium", *CHROMIUM, scheme, profile, "--allow-file-access-from-files", "--hide-scrollbars",
+               "--window-size=1700,1000", "--dump-dom", f"file://{folder}/measure.html"]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     phone, screen = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
     for found, width in ((phone, 390), (screen, 1200)):
