@@ -40,7 +40,7 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
     axis.set(xlabel=x, ylabel=ylabel, **axes)
     _number(axis, options)
     if len(shown) + (level is not None) > 1:
-        columns = 2 if max(map(len, shown)) <= 22 else 1
+        columns = 2 if max(map(len, shown)) <= 24 else 1
         rows = -(-(len(shown) + (level is not None)) // columns)
         figure.set_figheight(SIZE[1] + LEGEND_ROW * rows)
         _place(figure, LEGEND_ROW * rows)
