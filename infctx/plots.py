@@ -13,6 +13,7 @@ from infctx.curves import Line, averaged, merged, per_token
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> x, y
 SIZE = (4.6, 2.9)  # inches: about 330 CSS pixels, one for a point
+LEGEND_ROW = 0.19  # inches
 SLOTS = 6  # colours of lines
 # A stand-in of each colour, none of which a plot has for itself.
 STANDINS = {"#010203": "--ink", "#010204": "--grid"} | {f"#01{i:02x}05": f"--line{i}" for i in range(SLOTS)}
@@ -39,9 +40,19 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
     axis.set(xlabel=x, ylabel=ylabel, **axes)
     _number(axis, options)
     if len(shown) + (level is not None) > 1:
-        columns = 2 if max(map(len, shown)) <= 22 else 1
+        columns = 2 if max(map(len, shown)) <= 24 else 1
+        rows = -(-(len(shown) + (level is not None)) // columns)
+        figure.set_figheight(SIZE[1] + LEGEND_ROW * rows)
+        _place(figure, LEGEND_ROW * rows)
         figure.legend(
-            loc="outside upper left", frameon=False, labelcolor=INK, fontsize=9, ncols=columns, handlelength=1.6
+            loc="upper left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0,
+            frameon=False,
+            labelcolor=INK,
+            fontsize=9,
+            ncols=columns,
+            handlelength=1.6,
         )
     said = "; ".join(f"{label}: {_say(ys[0])} at {_say(xs[0])}, {_say(ys[-1])} at {_say(xs[-1])}"
                      for label, (xs, ys) in list(shown.items())[:SLOTS])  # fmt: skip
@@ -110,7 +121,8 @@ def borders(lines: Sequence[Line]) -> Series:
 def _figure() -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # takes a while to import; no display is needed this way
 
-    figure = Figure(figsize=SIZE, layout="constrained")
+    figure = Figure(figsize=SIZE)
+    _place(figure)
     figure.patch.set_visible(False)
     axis = figure.subplots()
     axis.patch.set_visible(False)
@@ -124,6 +136,12 @@ def _figure() -> tuple[Any, Any]:
     axis.xaxis.get_offset_text().set_color(INK)
     axis.yaxis.get_offset_text().set_color(INK)
     return figure, axis
+
+
+def _place(figure: Any, legend: float = 0.0) -> None:
+    """The axes' place: matplotlib would find one by drawing all of it twice. Args: legend: inches above them."""
+    width, height = figure.get_size_inches()
+    figure.subplots_adjust(0.75 / width, 0.5 / height, 1 - 0.12 / width, 1 - (0.1 + legend) / height)
 
 
 def _number(axis: Any, scales: Mapping[str, str]) -> None:

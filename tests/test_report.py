@@ -151,13 +151,13 @@ def test_a_run_that_got_new_fields_on_its_way(tmp_path):
 
 
 def test_curves_of_a_long_run_are_thinned(tmp_path):
-    steps = 100_000
+    steps = 20_000
     make(tmp_path, (full(i) for i in range(1, steps + 1)))
     page, text = page_of(tmp_path)
-    assert "the mean of 100 steps in a row" in text and len(text) < 500_000
+    assert "the mean of 20 steps in a row" in text and len(text) < 500_000
     lines, each = thinned(tmp_path / "metrics.jsonl")
-    assert (len(lines), each) == (POINTS, 100)
-    assert lines[0]["step"] == 100 and lines[0]["loss"] == pytest.approx(np.mean([5 / i for i in range(1, 101)]))
+    assert (len(lines), each) == (POINTS, 20)
+    assert lines[0]["step"] == 20 and lines[0]["loss"] == pytest.approx(np.mean([5 / i for i in range(1, 21)]))
     assert lines[-1]["step"] == steps and f"{100 * steps:,}" in text
 
 
@@ -222,7 +222,7 @@ def test_pieces_break_no_character():
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     """A run that was broken off and goes on, and whose model may still be asked."""
-    project = make_project(tmp_path_factory.mktemp("project"), (900, 1100, 230, 61, 5, 150))
+    project = make_project(tmp_path_factory.mktemp("project"), (900, 1100, 830, 61, 905, 950))
     (project / "texts" / "0.txt").write_text("日本語のテキスト🙂 und Äpfel. " * 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
@@ -260,43 +260,80 @@ def test_states_are_noted_with_each_checkpoint(fitted):
     assert [len(x) for x in lines[-1]["norms"]] == [2, 2] and all(x > 0 for row in lines[-1]["norms"] for x in row)
 
 
-def test_page_of_a_real_run(fitted, monkeypatch, capsys):
-    _, text = page_of(fitted)
-    assert "the run took less than 60 s" in text and "blocks.0.att" in text
+def test_page_of_a_real_run(fitted):
+    page, text = page_of(fitted)
+    assert "the run took less than 60 s" in text and "blocks.0.att" in text and len(page.figures) == 9
+    rates = dict(json.loads((fitted / "metrics.jsonl").read_text().splitlines()[-1])["group_lr"])
+    assert rates["double"] == 2 * rates["matrices"] and "matrices, rest" in text
+
+
+def test_planned_figures_stand_beside_the_measured(fitted, monkeypatch):
     monkeypatch.chdir(fitted.parents[1])
     run(monkeypatch, "report", "runs/a")
     plan = json.loads((fitted / "planned.json").read_text())
-    run(monkeypatch, "plan", "-c", "runs/a/config.yaml", "--ranks", "1")
-    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("single ")).split()
-    assert f"{plan['peak_memory_bytes'] / 2**20:.0f}" in row and plan["tokens_per_second"] > 0
-    page, text = page_of(fitted)
-    assert "Planned, for single on 1" in text and len(page.figures) == 9
+    assert plan["strategy"] == "single" and 1e6 < plan["peak_memory_bytes"] < 1e8 and plan["tokens_per_second"] > 100
+    assert f"{plan['peak_memory_bytes'] / 1e6:,.0f} MB a rank and" in page_of(fitted)[1]
+    noted = (fitted / "planned.json").stat().st_mtime_ns
+    run(monkeypatch, "report", "runs/a")
+    assert (fitted / "planned.json").stat().st_mtime_ns == noted
+
+
+@pytest.mark.slow
+def test_planned_figures_are_those_of_the_command(fitted, monkeypatch, capsys):
+    monkeypatch.chdir(fitted.parents[1])
+    run(monkeypatch, "report", "runs/a")
+    plan = json.loads((fitted / "planned.json").read_text())
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "plan", "-c", "runs/a/config.yaml", "--ranks", "1")
+    names, row = (x.split() for x in capsys.readouterr().out.replace("peak MiB", "peak").splitlines()[-2:])
+    assert row[names.index("peak")] == f"{plan['peak_memory_bytes'] / 2**20:.0f}"
+
+
+def test_what_cannot_be_planned_says_why(tmp_path):
+    from infctx.planning import note_plan
+
+    make(tmp_path, [line(1)])
+    gold = "model: {load: null, init: {arch: goldfinch, n_layer: 3, n_embd: 32, vocab_size: 50, head_size: 16}}"
+    for text, why in (("", "No such file"), ("model: {load: null, init: null}", "give load"), (gold, "attention")):
+        if text:
+            (tmp_path / "config.yaml").write_text(text)
+        note_plan(tmp_path, 4, torch.device("cpu"))
+        noted = json.loads((tmp_path / "planned.json").read_text())
+        assert noted["ranks"] == 4 and noted["device"] == "cpu" and why in noted["skipped"]
+        text = page_of(tmp_path)[1]
+        assert "Not compared with a plan: " in text and why in text
 
 
 CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
             "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=2000"]  # fmt: skip
 MEASURE = """<!doctype html><title>-</title>
-<iframe id="f" src="report.html" style="border:0;width:{width}px;height:900px"></iframe><script>onload=()=>{{const d=document.getElementById("f").contentDocument,r=d.documentElement;
-document.title=JSON.stringify({{wide:r.scrollWidth,view:r.clientWidth,svg:d.querySelectorAll("svg").length,
-paper:getComputedStyle(d.body).backgroundColor,ink:getComputedStyle(d.querySelector("svg text")).fill,
-line:getComputedStyle(d.querySelector("svg path[style*='--line0']")).stroke,
-loaded:d.defaultView.performance.getEntriesByType("resource").map(x=>x.name).filter(x=>!x.startsWith("data:"))}})}}</script>"""
+<iframe src="report.html" style="border:0;width:390px;height:900px"></iframe>
+<iframe src="report.html" style="border:0;width:1200px;height:900px"></iframe>
+<script>onload=()=>{document.title=JSON.stringify([...document.querySelectorAll("iframe")].map(f=>{
+const d=f.contentDocument,r=d.documentElement,css=x=>getComputedStyle(d.querySelector(x));return {
+wide:r.scrollWidth,view:r.clientWidth,svg:d.querySelectorAll("svg").length,paper:css("body").backgroundColor,
+ink:css("svg text").fill,line:css("svg path[style*='--line0']").stroke,text:css("svg text").fontSize,
+loaded:d.defaultView.performance.getEntriesByType("resource").map(x=>x.name).filter(x=>!x.startsWith("data:"))}}))}
+</script>"""
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
-@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1200, False)])
-def test_in_a_browser(tmp_path, width, dark):
-    """No scrolling sideways, nothing loaded, and colours that go with the reader's."""
+@pytest.mark.parametrize("dark", [False, True])
+def test_in_a_browser(tmp_path, dark):
+    """No scrolling sideways, on a phone or a screen; nothing is loaded; and colours go with the reader's."""
     folder = everything(tmp_path / "run")
     write_report(folder)
-    (folder / "measure.html").write_text(MEASURE.format(width=width))
+    (folder / "measure.html").write_text(MEASURE)
     scheme = f"--blink-settings=preferredColorScheme={0 if dark else 1}"
-    command = ["chromium", *CHROMIUM, scheme, "--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile",
-               "--window-size=1300,1000", "--dump-dom", f"file://{folder}/measure.html"]  # fmt: skip
+    profile = f"--user-data-dir={tmp_path}/profile"
+    command = ["chromium", *CHROMIUM, scheme, profile, "--allow-file-access-from-files", "--hide-scrollbars",
+               "--window-size=1700,1000", "--dump-dom", f"file://{folder}/measure.html"]  # fmt: skip
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    found = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
-    assert found["wide"] <= found["view"] == width and found["svg"] == 10 and found["loaded"] == []
-    paper, ink, stroke = (list(map(int, re.findall(r"\d+", found[x])))[:3] for x in ("paper", "ink", "line"))
+    phone, screen = json.loads(html.unescape(re.search("<title>(.*?)</title>", dom)[1]))
+    for found, width in ((phone, 390), (screen, 1200)):
+        assert found["wide"] <= found["view"] == width and found["svg"] == 10 and found["loaded"] == []
+    assert float(phone["text"].removesuffix("px")) >= 9  # of a picture as wide as the page: drawn one to one
+    paper, ink, stroke = (list(map(int, re.findall(r"\d+", phone[x])))[:3] for x in ("paper", "ink", "line"))
     assert contrast(paper, ink) >= 4.5 and contrast(paper, stroke) >= 3
     assert (sum(paper) < sum(ink)) == dark
 

@@ -120,8 +120,9 @@ def same_steps(project, name, way):
     for x, y in zip(two, one):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5), (name, way)
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-4), (name, way)
-        borders = [dict(line["border_gradient"]) for line in (x, y)]
-        assert borders[0] == pytest.approx(borders[1], rel=1e-3) and borders[1][1] > 0, (name, way)
+        borders = [dict(line.get("border_gradient", [])) for line in (x, y)]
+        assert borders[0] == pytest.approx(borders[1], rel=1e-3), (name, way)
+    assert any("border_gradient" in y for y in one), way
     samples = [json.loads((project / "runs" / f"{x}-{way}" / "samples.json").read_text()) for x in (name, "one")]
     for texts in zip(*samples, strict=True):
         ours, theirs = ([loss for part in x["parts"] for _, losses in part["pieces"] for loss in losses[-1:]]
