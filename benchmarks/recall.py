@@ -4,7 +4,7 @@
 
 Trained: the exact gradient, the gradient cut at every border of segments (horizon 1) or every second one (horizon 2),
 all with the state carried; and zero-state, where every segment begins with a fresh state, as in trainers that carry
-none. Same documents, steps and initial weights for all four. A document of distance d has d + 1 segments of 16 tokens:
+none. Same documents, steps and initial weights for all four. A document of distance d has d + 1 segments of 8 tokens:
 what is to be recalled is said in the first, what is asked at the end of the last, and the rest is noise.
 
 All weights: a key is given a value, and asked for. State: a model of all weights has learnt four rules (answer = value
@@ -46,13 +46,13 @@ from infctx.segments import Window
 from infctx.tuning.config import Tuning
 from infctx.tuning.tune import apply_tuning
 
-T, VALUES, KEYS, RULES, NOISE = 16, 16, 8, 4, 16  # tokens in a segment; ids of each kind, in this order
+T, VALUES, KEYS, RULES, NOISE = 8, 16, 8, 4, 16  # tokens in a segment; ids of each kind, in this order
 ASK = VALUES + KEYS + RULES  # and the question before the noise
 DISTANCES = (2, 4, 8)
 HORIZONS: dict[str, int | None] = {"exact": None, "horizon 2": 2, "horizon 1": 1, "zero-state": None}
 REGIMES = ("far", "mixed")
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": ASK + 1 + NOISE, "head_size": 16}
-FULL = {"steps": 120, "base_steps": 100, "state_steps": 40, "lanes": 32, "points": 8, "glance": 100, "held_out": 300}
+FULL = {"steps": 80, "base_steps": 60, "state_steps": 24, "lanes": 64, "points": 8, "glance": 60, "held_out": 200}
 QUICK = {"steps": 2, "base_steps": 2, "state_steps": 2, "lanes": 2, "points": 1, "glance": 4, "held_out": 4}
 WEIGHTS = OptimizerConfig(lr=1e-2, warmup_steps=20)
 STATE = OptimizerConfig(lr=1e-1, warmup_steps=5)
@@ -184,11 +184,11 @@ def run(cases: list[Case], sizes: dict[str, int]) -> dict[str, Any]:
 
 
 def groups(cases: Iterable[Case]) -> list[list[Case]]:
-    """What one job does: a run, or all that start from one model."""
+    """What one job does: a run, or all that start from one model; the longest jobs come first."""
     found: dict[Any, list[Case]] = {}
     for case in cases:
         found.setdefault(case if case.tuned == "weights" else (case.arch, case.seed), []).append(case)
-    return list(found.values())
+    return sorted(found.values(), key=len, reverse=True)
 
 
 def in_processes(jobs: list[list[Case]], sizes: dict[str, int], count: int) -> Iterator[dict[str, Any]]:
