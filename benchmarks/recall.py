@@ -52,10 +52,10 @@ DISTANCES = (2, 4, 8)
 HORIZONS: dict[str, int | None] = {"exact": None, "horizon 2": 2, "horizon 1": 1, "zero-state": None}
 REGIMES = ("far", "mixed")
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": ASK + 1 + NOISE, "head_size": 16}
-FULL = {"steps": 80, "base_steps": 60, "state_steps": 24, "lanes": 64, "points": 8, "glance": 60, "held_out": 200}
+FULL = {"steps": 80, "base_steps": 60, "state_steps": 32, "lanes": 64, "points": 8, "glance": 60, "held_out": 200}
 QUICK = {"steps": 2, "base_steps": 2, "state_steps": 2, "lanes": 2, "points": 1, "glance": 4, "held_out": 4}
 WEIGHTS = OptimizerConfig(lr=1e-2, warmup_steps=20)
-STATE = OptimizerConfig(lr=1e-1, warmup_steps=5)
+STATE = OptimizerConfig(lr=5e-1, warmup_steps=5)
 
 # (generator, documents, distance) -> tokens (n, d + 1, T) and targets of the same shape
 Maker = Callable[[torch.Generator, int, int], tuple[Tensor, Tensor]]
