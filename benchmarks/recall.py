@@ -49,13 +49,20 @@ from infctx.tuning.tune import apply_tuning
 T, VALUES, KEYS, RULES, NOISE = 8, 16, 8, 4, 16  # tokens in a segment; ids of each kind, in this order
 ASK = VALUES + KEYS + RULES  # and the question before the noise
 DISTANCES = (2, 4, 8)
+TUNED = {"weights": "all weights", "state": "state"}
 HORIZONS: dict[str, int | None] = {"exact": None, "horizon 2": 2, "horizon 1": 1, "zero-state": None}
-REGIMES = ("far", "mixed")
+REGIMES = {"far": "answers said 2, 4 and 8 segments back are learnt", "mixed": "and answers said in the same segment"}
 SIZES = {"n_layer": 2, "n_embd": 32, "vocab_size": ASK + 1 + NOISE, "head_size": 16}
 FULL = {"steps": 80, "base_steps": 60, "state_steps": 32, "lanes": 64, "points": 8, "glance": 60, "held_out": 200}
 QUICK = {"steps": 2, "base_steps": 2, "state_steps": 2, "lanes": 2, "points": 1, "glance": 4, "held_out": 4}
 WEIGHTS = OptimizerConfig(lr=1e-2, warmup_steps=20)
 STATE = OptimizerConfig(lr=5e-1, warmup_steps=5)
+REMARKS = (
+    "Right answers in documents never trained on, by how many segments back what is asked for was said: mean over the",
+    "seeds (least-most). A guess among the values is right in 0.06. Of the state, what `horizon 1` has in `far`, where",
+    "no gradient reaches the state, is the model's own guess at the rule, before any tuning.",
+)
+
 
 # (generator, documents, distance) -> tokens (n, d + 1, T) and targets of the same shape
 Maker = Callable[[torch.Generator, int, int], tuple[Tensor, Tensor]]
@@ -227,7 +234,7 @@ def table(runs: dict[str, Any], cases: list[Case]) -> list[str]:
         for name, kind in (("", "final"), (", as trained", "as_trained")):
             if kind in found[0]:
                 cells = [spread([x[kind][d] for x in found]) for d in found[0][kind]]
-                row = [case.tuned, case.regime, case.arch, case.condition + name, *cells]
+                row = [TUNED[case.tuned], case.regime, case.arch, case.condition + name, *cells]
                 lines.append(f"| {' | '.join(row)} |")
     return lines
 
@@ -256,14 +263,15 @@ def plot(runs: dict[str, Any], cases: list[Case], path: Path) -> None:
             )
         axis.set(
             ylim=(0, 1.02),
-            title=f"{column[1]}, {'all weights' if column[0] == 'weights' else 'state'}, {distance} back",
+            title=f"{column[1]}, {TUNED[column[0]]}, {distance} back",
         )
         axis.grid(alpha=0.3)
     for axis in axes[-1]:
-        axis.set_xlabel("step")
+        axis.set_xlabel("optimizer step")
     for row in axes:
         row[0].set_ylabel("right answers")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(HORIZONS))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(columns))
+    figure.suptitle(REGIMES[cases[0].regime])
     figure.savefig(path)
 
 
@@ -272,7 +280,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--archs", nargs="+", default=["rwkv6", "rwkv7"])
-    parser.add_argument("--tuned", nargs="+", default=["weights", "state"], choices=["weights", "state"])
+    parser.add_argument("--tuned", nargs="+", default=list(TUNED), choices=TUNED)
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES)
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--quick", action="store_true", help="a few steps of each: only to see that it runs")
@@ -284,7 +292,7 @@ def main() -> None:
     runs = measure(cases, sizes, options.jobs, options.out / "recall.json")
     lines = table(runs, cases)
     print("\n".join(lines))
-    record.write_table(options.out / "recall.md", lines)
+    record.write_table(options.out / "recall.md", lines, "", *REMARKS)
     for regime in options.regimes:
         plot(runs, [case for case in cases if case.regime == regime], options.out / f"recall-{regime}.svg")
 

@@ -70,7 +70,7 @@ def test_a_quick_study_runs_and_goes_on(tmp_path, monkeypatch, capsys):
     recall.main()
     runs = json.loads((tmp_path / "recall.json").read_text())["runs"]
     assert len(runs) == 2 * len(recall.HORIZONS)
-    assert len((tmp_path / "recall.md").read_text().split("| weights |")) == len(recall.HORIZONS) + 2
+    assert len((tmp_path / "recall.md").read_text().split("| all weights |")) == len(recall.HORIZONS) + 2
     assert "</svg>" in (tmp_path / "recall-mixed.svg").read_text()
     capsys.readouterr()
     monkeypatch.setattr(recall, "run", None)
