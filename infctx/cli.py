@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from infctx.commands import chat, generate
-from infctx.convert import convert, export_adapter, init, merge
+from infctx.convert import convert, export_adapter, init, merge, require_new
 from infctx.curves import PLANNED
 from infctx.errors import ShortErrors, UserError, told_of
 from infctx.report import write_report
@@ -39,6 +39,7 @@ def export(run: str, out: str, what: Literal["model", "state", "adapter"] = "mod
         what: model: all weights, adapters merged, with a learnt initial state among them; state: that state alone, as a
             state file; adapter: the adapters alone, as a folder of the peft library.
     """
+    require_new(out)
     if what == "adapter":
         export_adapter(run, out)
     elif what == "state":

@@ -40,7 +40,7 @@ def convert(
     """
     if Path(src).resolve() == Path(dst).resolve():
         raise ValueError(f"{dst}: src and dst are the same: name another file")
-    _require_new(dst)
+    require_new(dst)
     config, weights = read_model(src)
     if dtype is not None:
         weights = _cast_all(weights, dtype)
@@ -75,7 +75,8 @@ def compare(left: str | Path, right: str | Path) -> float:
     return _difference(*(_logits(load_model(path, torch.float32)) for path in (left, right)))
 
 
-def _require_new(out: str) -> None:
+def require_new(out: str) -> None:
+    """Raises: ValueError for a file that is there."""
     if Path(out).is_file():
         raise ValueError(f"{out}: there is such a file already: choose another name, or remove it")
 
@@ -88,7 +89,7 @@ def merge(run: str, out: str, dtype: Dtype = "float32") -> None:
         out: file to write: .pth or .safetensors; a name without suffix: a folder for Hugging Face's software.
         dtype: of the weights, after the addition in float32.
     """
-    _require_new(out)
+    require_new(out)
     model = _tuned(run)
     before = _logits(model)
     merge_adapters(model)
@@ -146,7 +147,7 @@ def init(
         seed: of the random values.
         dtype: of the weights.
     """
-    _require_new(out)
+    require_new(out)
     if not 0 <= seed < SEEDS:
         raise ValueError(f"seed must be at least 0 and below 2**63, got {seed}")
     config = sized(

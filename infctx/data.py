@@ -138,8 +138,12 @@ class DocumentData(pl.LightningDataModule):
         # Numbered windows of the same documents are as many; whole ones fall together differently each time.
         same = self.segments_per_window is not None and all(float(x).is_integer() for x in self.weights)
         every = [0] * epochs if same else range(epochs)
-        total = sum(self.steps_in(epoch) for epoch in every)
-        return total if steps < 0 else min(total, steps)
+        total = 0
+        for epoch in every:
+            total += self.steps_in(epoch)
+            if 0 <= steps <= total:
+                return steps
+        return total
 
     def course(self, unit: Literal["steps", "tokens"]) -> Sequence[int]:
         """(steps + 1,) how far the run is before each optimizer step, and at its end; tokens are those of all ranks.

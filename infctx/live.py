@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 EVERY = 1.0  # seconds between two looks at a run's figures
+POINTS = 1000  # that are drawn at most
 TAIL = 12  # lines of its output that a failed command is quoted with
 
 
@@ -89,11 +90,12 @@ def plot(axis: Any, runs: Mapping[str, str | Path], key: str = "loss", smooth: i
         lines = metrics(folder)
         values = [x[key] for x in lines]
         means = [sum(part) / len(part) for part in (values[max(0, i + 1 - smooth) : i + 1] for i in range(len(values)))]
-        axis.plot([x["step"] for x in lines], means, lw=1.5, label=label)
+        axis.plot([x["step"] for x in lines], means, lw=1.5, label=f" {label}" if label[:1] == "_" else label)
     axis.set(xlabel="optimizer step", ylabel="loss, nats per token" if key == "loss" else key.replace("_", " "))
     axis.grid(alpha=0.3)
     if any(runs):
-        axis.legend()
+        for text in axis.legend().get_texts():
+            text.set_parse_math(False)
 
 
 def fresh(folder: str | Path) -> Path:
@@ -113,7 +115,8 @@ class View:
 
     def __init__(self) -> None:
         self.folder: Path | None = None
-        self._step, self._next, self._handle = 0, 0.0, None
+        self._next, self._handle = 0.0, None
+        self._read, self._lines = 0, list[dict[str, Any]]()
 
     def look(self, last: bool = False) -> None:
         """Show the figures, if there are new ones and the last look was a while ago."""
@@ -121,10 +124,22 @@ class View:
         if self.folder is None or (now < self._next and not last):
             return
         self._next = now + EVERY
-        lines = metrics(self.folder)
-        if lines and lines[-1]["step"] != self._step:
-            self._step = lines[-1]["step"]
-            self._show(lines)
+        if self._more():
+            self._show(self._lines)
+
+    def _more(self) -> bool:
+        """Read what was written since the last look. Returns: whether there was a line."""
+        file = Path(self.folder or "", "metrics.jsonl")
+        if not file.exists():
+            return False
+        with file.open("rb") as stream:
+            stream.seek(self._read)
+            whole = stream.read().rpartition(b"\n")[0]  # a last line may be half written
+        if not whole:
+            return False
+        self._read += len(whole) + 1
+        self._lines += [json.loads(line) for line in whole.split(b"\n")]
+        return True
 
     def _show(self, lines: list[dict[str, Any]]) -> None:
         now = lines[-1]
@@ -146,6 +161,7 @@ def _picture(lines: list[dict[str, Any]], title: str) -> bytes:
 
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     axis = figure.subplots()
+    lines = lines[:: -(-len(lines) // POINTS)]
     axis.plot([x["step"] for x in lines], [x["loss"] for x in lines], marker="." * (len(lines) < 20), lw=1.2)
     axis.set(xlabel="optimizer step", ylabel="loss, nats per token")
     axis.set_title(title, fontsize=10, loc="left")

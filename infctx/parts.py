@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Silent:
     STEPS = 10  # low-rank pairs begin with one of them at zero, and the other has a gradient a step later
 
     def __init__(self) -> None:
-        self.names: set[str] | None = None  # not the tensors: an engine may put others, in pieces, in their place
+        self.names: list[str] | None = None  # not the tensors: an engine may put others, in pieces, in their place
         self.steps = 0
 
     def look(self, model: nn.Module) -> str | None:
@@ -125,10 +128,23 @@ class Silent:
         if self.steps == self.STEPS:
             return None
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        names = trained if self.names is None else self.names
-        self.names = {x for x in names if (grad := trained[x].grad) is None or not bool(grad.any())}
+        names = list(trained) if self.names is None else self.names
+        had = _any([p.grad for p in (trained[name] for name in names)])
+        self.names = [name for name, some in zip(names, had, strict=True) if not some]
         self.steps += 1
         if self.steps < self.STEPS or not self.names:
             return None
-        silent = [name for name in trained if name in self.names]
-        return f"no gradient in the first {self.STEPS} steps, so nothing was learnt: {_few(silent)}"
+        return f"no gradient in the first {self.STEPS} steps, so nothing was learnt: {_few(self.names)}"
+
+
+def _any(grads: list[Tensor | None]) -> list[bool]:
+    """Which gradients have a number that is not 0, on any rank where they lie in pieces."""
+    present = [g for g in grads if g is not None]
+    if not present:
+        return [False] * len(grads)
+    cut = isinstance(present[0], DTensor)
+    found = torch.stack([(g.to_local() if isinstance(g, DTensor) else g).any() for g in present]).int()
+    if cut:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    flags = iter(found.tolist())
+    return [g is not None and bool(next(flags)) for g in grads]

@@ -99,6 +99,8 @@ def note_plan(run: Path, ranks: int, device: torch.device, seconds: float = math
     """
     noted: dict[str, Any] = {"ranks": ranks, "device": _kind(device)}
     try:
+        if _kind(device) != _kind(_here()):
+            raise ValueError("the run had another device than would be measured here")
         if seconds < WORTH:
             raise ValueError(f"the run took less than {WORTH} s; `infctx report {run}` plans it")
         noted |= planned(run / "config.yaml", ranks)
@@ -112,9 +114,13 @@ def plan_again(run: Path) -> None:
     noted: dict[str, Any] = {"strategy": None}
     if (run / PLANNED).is_file():
         noted = json.loads((run / PLANNED).read_text())
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = _here()
     if "strategy" not in noted and noted["device"] == _kind(here):
         note_plan(run, noted["ranks"], here)
+
+
+def _here() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _kind(device: torch.device) -> str:

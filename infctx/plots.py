@@ -26,7 +26,8 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
            level: tuple[str, float] | None = None, **axes: Any) -> str:  # fmt: skip
     """Lines over one axis. Args: marks: labels of series drawn with points. level: a level line, and what it is."""
     figure, axis = _figure()
-    shown = {label: xy for label, xy in series.items() if len(xy[0])}
+    # matplotlib leaves labels out of the legend that begin with a line.
+    shown = {f" {label}" if label[:1] == "_" else label: xy for label, xy in series.items() if len(xy[0])}
     for i, (label, (xs, ys)) in enumerate(shown.items()):
         point = "o" if label in marks or len(xs) == 1 else ""
         dash = DASHES[i // SLOTS % len(DASHES)]
@@ -44,7 +45,7 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
         rows = -(-(len(shown) + (level is not None)) // columns)
         figure.set_figheight(SIZE[1] + LEGEND_ROW * rows)
         _place(figure, LEGEND_ROW * rows)
-        figure.legend(
+        legend = figure.legend(
             loc="upper left",
             bbox_to_anchor=(0, 1),
             borderaxespad=0,
@@ -54,6 +55,8 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
             ncols=columns,
             handlelength=1.6,
         )
+        for text in legend.get_texts():  # names of files, in which $ is no formula
+            text.set_parse_math(False)
     said = "; ".join(f"{label}: {_say(ys[0])} at {_say(xs[0])}, {_say(ys[-1])} at {_say(xs[-1])}"
                      for label, (xs, ys) in list(shown.items())[:SLOTS])  # fmt: skip
     return _svg(figure, f"{title}: {ylabel} by {x}. {said}")

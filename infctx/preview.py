@@ -47,7 +47,7 @@ def preview_recipe(config: Any) -> None:
     data.prepare_data()
     data.setup("fit")
     data.parallel, data.seed = parallel_of(config), int(config.seed_everything)
-    data.trainer = stand_in(config.trainer, data.parallel.time, 0)
+    data.trainer = stand_in(config.trainer, _ranks(config.trainer, data.parallel.time), 0)
     loader, count, first = data.train_dataloader(), len(data.train), config.first
     if not len(loader):
         raise ValueError(f"trainer.limit_train_batches {config.trainer.limit_train_batches} leaves no window")
@@ -63,6 +63,12 @@ def preview_recipe(config: Any) -> None:
         Path(config.html).parent.mkdir(parents=True, exist_ok=True)
         Path(config.html).write_text(page.export_html(code_format=PAGE), encoding="utf-8")
         console.print(f"page: {config.html}", markup=False)
+
+
+def _ranks(trainer: Any, time: int) -> int:
+    """As many as the recipe names, and one where it leaves that to the machine."""
+    devices = str(trainer.devices)
+    return max(time, (int(devices) if devices.isdecimal() else 1) * (trainer.num_nodes or 1))
 
 
 def _show(console: Console, data: DocumentData, loader: WindowLoader, config: Any, colours: bool) -> None:
@@ -215,8 +221,10 @@ def summary(data: DocumentData, horizon: int | None) -> list[str]:
             f"{name}: {len(mine):,} documents (weight {source.weight:g}), {targets:,} targets, {learnt:,} learnt "
             f"({learnt / max(1, targets):.1%}), {learnt / whole:.1%} of all that is learnt{limit}"
         )
+    ranks = data.trainer.world_size
+    shown = [f"for {ranks} ranks, of which the first one's lanes are shown"] if ranks > 1 else []
     return [*lines, "", "tokens in a document, and how many documents have as many:", *histogram(d.inputs + 1), "",
-            data.describe(horizon)]  # fmt: skip
+            *shown, data.describe(horizon)]  # fmt: skip
 
 
 def histogram(lengths: np.ndarray) -> list[str]:

@@ -199,7 +199,13 @@ class CLI(LightningCLI):
         elif self.trainer.is_global_zero:
             device, seconds = self.trainer.strategy.root_device, self.model.counts["seconds"]
             note_plan(self.run_folder, self.trainer.world_size, device, seconds)
+            self._report()
+
+    def _report(self) -> None:
+        try:
             print(f"report: {write_report(self.run_folder)}")
+        except Exception as error:  # the run is what counts
+            print(f"report: not written, {error}; `infctx report {self.run_folder}` tries again")
 
     def validate(self, **kwargs: Any) -> None:
         """The loss over the held-out documents."""

@@ -1,7 +1,10 @@
 """Texts of a run's page, each token coloured by its loss: see `snapshots` for what is shown."""
 
 import html
+import unicodedata
 from typing import Any
+
+from infctx.tokentext import HIDDEN
 
 EDGES = (0.1, 0.5, 1.0, 2.0, 3.0, 4.5, 6.5)  # nats between two colours
 _LIGHT = ("#ffffff", "#fff1e2", "#ffe2c4", "#ffd0a0", "#ffbb78", "#ffa352", "#f98a3c", "#ee7038")
@@ -71,5 +74,10 @@ def _visible(text: str) -> str:
     """Line breaks with a sign, other control characters as signs, the end of a document as one."""
     if not text:
         return "∎"
-    shown = "".join(x if x in "\n\t" or ord(x) >= 32 else chr(0x2400 + ord(x)) for x in text)
-    return html.escape(shown).replace("\n", "↵\n")
+    return html.escape("".join(_shown(x) for x in text)).replace("\n", "↵\n")
+
+
+def _shown(x: str) -> str:
+    if x in "\n\t" or unicodedata.category(x) not in HIDDEN:
+        return x
+    return chr(0x2400 + ord(x)) if ord(x) < 32 else x.encode("unicode_escape").decode()

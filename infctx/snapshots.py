@@ -5,6 +5,7 @@ N sequences, H heads, T tokens in a segment.
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,34 +50,46 @@ class Snapshots(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Once the end is saved. Under engines with weights in pieces all ranks are needed for a forward."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not (trainer.is_global_zero or pl_module.outline) or not (self.folder / METRICS).exists():
             return
-        runner = run_alone if pl_module.outline is None else trainer.strategy.runner  # type: ignore[attr-defined]
-        documents, training = data.held_out or data.train, pl_module.training
-        pl_module.eval()
-        samples = []
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            for document in _chosen(documents):
-                tokens, learnt = _read(documents, document, min(READ, 4 * data.segment_length))
-                window = _window(tokens, min(READ, data.segment_length))
-                recorder = Recorder(runner)
-                window_loss(pl_module.seen, window, None, runner=recorder)
-                losses = [None, *(x if y else None for x, y in zip(recorder.losses(), learnt[1:], strict=True))]
-                samples.append(
-                    {
-                        "source": documents.names[int(documents.source[document])],
-                        "held_out": data.held_out is not None,
-                        "tokens": int(documents.inputs[document]) + 1,
-                        "segment_length": data.segment_length,
-                        "parts": _parts(data.tokenizer, tokens, losses),
-                    }
-                )
+        training, device = pl_module.training, trainer.strategy.root_device
+        try:
+            samples = _samples(trainer, pl_module.eval().to(device))  # Lightning has just moved it to the CPU
+        except (RuntimeError, ValueError, OSError) as error:  # the run is what counts
+            if pl_module.outline is not None:  # the other ranks wait
+                raise
+            print(f"samples: none, {(str(error).splitlines() or [type(error).__name__])[0]}")
+            samples = []
         pl_module.train(training)
         if trainer.is_global_zero:
             part = self.folder / f".{SAMPLES}"
             part.write_text(json.dumps(samples, ensure_ascii=False), encoding="utf-8")
             part.replace(self.folder / SAMPLES)
+
+
+def _samples(trainer: pl.Trainer, pl_module: Any) -> list[dict[str, Any]]:
+    """Documents with the loss of each token."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    documents, pieces = data.held_out or data.train, pl_module.outline is not None
+    runner = trainer.strategy.runner if pieces else run_alone  # type: ignore[attr-defined]
+    context = nullcontext() if pieces else trainer.precision_plugin.forward_context()
+    samples = []
+    with torch.no_grad(), context:
+        for document in _chosen(documents):
+            tokens, learnt = _read(documents, document, min(READ, 4 * data.segment_length))
+            recorder = Recorder(runner)
+            window_loss(pl_module.seen, _window(tokens, min(READ, data.segment_length)), None, runner=recorder)
+            losses = [None, *(x if y else None for x, y in zip(recorder.losses(), learnt[1:], strict=True))]
+            samples.append(
+                {
+                    "source": documents.names[int(documents.source[document])],
+                    "held_out": data.held_out is not None,
+                    "tokens": int(documents.inputs[document]) + 1,
+                    "segment_length": data.segment_length,
+                    "parts": _parts(data.tokenizer, tokens, losses),
+                }
+            )
+    return samples
 
 
 class Recorder:

@@ -183,7 +183,13 @@ class InfctxModule(pl.LightningModule):
 
     def take_step_sums(self, seconds: float) -> dict[str, Tensor]:
         """Sums over the optimizer step just made and over all ranks; counts them into the run."""
-        sums = {name: self.trainer.strategy.reduce(x, reduce_op="sum").cpu() for name, x in self.step_sums.items()}
+        flat = torch.cat([x.flatten() for x in self.step_sums.values()])
+        parts = (
+            self.trainer.strategy.reduce(flat, reduce_op="sum")
+            .cpu()
+            .split([x.numel() for x in self.step_sums.values()])
+        )
+        sums = {name: part.view(x.shape) for (name, x), part in zip(self.step_sums.items(), parts, strict=True)}
         self.step_sums = {}
         self.counts["tokens"] += int(sums["seen"][0])
         self.counts["documents"] += int(sums["seen"][1])
