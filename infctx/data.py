@@ -181,13 +181,15 @@ class DocumentData(pl.LightningDataModule):
         """What an epoch is made of, in a few lines for the log."""
         plan, d = self.plan(0), self.train
         tokens, windows, steps = int(d.inputs.sum()), len(plan), self.steps_in(0)
+        cut = plan.cut(horizon)
+        mend = "; none, with data.segments_per_window: document" if cut and horizon is None else ""
         return (
             f"data: {len(d):,} documents, {tokens:,} tokens ({int(d.supervised.sum()):,} supervised), "
             f"longest {int(d.inputs.max()):,}; left out, without a target: {d.left_out:,}; "
             f"held out: {len(self.held_out or ()):,}\n"
             f"plan: {self.lanes} lanes, {windows:,} windows and {steps:,} optimizer steps an epoch, "
             f"{plan.tokens / steps:,.0f} tokens a step; padding {plan.padding:.2%}; "
-            f"tokens whose gradient is cut before their document begins: {plan.cut(horizon):.2%}"
+            f"tokens whose gradient is cut before their document begins: {cut:.2%}{mend}"
         )
 
     def _plan(self, epoch: int) -> Plan:
