@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,11 @@ class Silent:
 
 def _any(grads: list[Tensor | None]) -> list[bool]:
     """Which gradients have a number that is not 0, on any rank where they lie in pieces."""
-    present = [g for g in grads if g is not None]
+    present: list[Any] = [g for g in grads if g is not None]
     if not present:
         return [False] * len(grads)
-    cut = isinstance(present[0], DTensor)
-    found = torch.stack([(g.to_local() if isinstance(g, DTensor) else g).any() for g in present]).int()
+    cut = hasattr(present[0], "to_local")  # a DTensor, whose type takes seconds to import
+    found = torch.stack([(g.to_local() if cut else g).any() for g in present]).int()
     if cut:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     flags = iter(found.tolist())

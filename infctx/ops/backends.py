@@ -101,7 +101,13 @@ def require_known(backend: str) -> None:
         raise ValueError(f"kernel {backend!r} is not known; choose one of: auto, {', '.join(BACKENDS)}")
 
 
-@torch.compiler.assume_constant_result
+def constant(function: Any) -> Any:
+    """`torch.compiler.assume_constant_result`, which would import the whole compiler to set this mark."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant
 def choose(backend: str, device: str, size: int | None = None, double: bool = False) -> str:
     """The backend's name for a device type; says once what "auto" came to.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from infctx.ops import cuda, native
+from infctx.ops.backends import constant
 from infctx.ops.native import DTYPES, SIZES, Library, make_call
 
 Tensors = Sequence[Tensor | None]
@@ -36,7 +37,7 @@ def compiled(form: str, x: Tensor, size: int, headed: bool = True) -> bool:
     return x.numel() > 0 and (form == "compiled" or (form == "auto" and _fits(x.device.type, x.dtype, size, headed)))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _fits(device: str, dtype: torch.dtype, size: int, headed: bool) -> bool:
     sizes = device == "cpu" or (size in SIZES if headed else size % 4 == 0)
     return sizes and dtype in TAKEN.get(device, ()) and _available(device)
