@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import RECIPE, make_project
@@ -28,15 +29,16 @@ def last_weights(project, name):
     return load_file(max(folders, key=lambda x: int(x.name[5:])) / "model.safetensors")
 
 
-def test_killed_three_times(tmp_path):
-    recipe = RECIPE.replace("every_n_steps: 2", "every_n_steps: 3").replace("max_epochs: 2", "max_epochs: 24")
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_and_resumed(tmp_path, kills):
+    recipe = RECIPE.replace("every_n_steps: 2", "every_n_steps: 3").replace("max_epochs: 2", f"max_epochs: {8 * kills}")
     recipe = recipe.replace("keep: 100", "keep: 2")
     project = make_project(tmp_path / "project", recipe=recipe)
     whole = start(project, "whole")
     assert whole.wait(300) == 0, whole.stdout.read()
     total = rows(project, "whole")[-1]["step"]
     random.seed(time.time_ns())
-    moments = sorted(random.sample(range(2, total - 2), 3))
+    moments = sorted(random.sample(range(2, total - 2), kills))
     for moment in moments:
         run = start(project, "killed")
         deadline = time.monotonic() + 300

@@ -11,7 +11,7 @@ import pytest
 from infctx.ops.build import SOURCES
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-ARCHITECTURES = ["80", "90a", "100"]
+ARCHITECTURES = [pytest.param("80", marks=pytest.mark.slow), "90a", pytest.param("100", marks=pytest.mark.slow)]
 FILES = sorted(x.name for x in SOURCES.glob("*.cu"))
 USE = re.compile(
     r"entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
