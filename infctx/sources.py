@@ -57,7 +57,7 @@ class Source:
         learn: columns or roles to be learnt; left out: the last column, the assistant.
         learn_prefix: also learn the prefixes of what is learnt.
         key: json: the key of the list of records, where they are not the file itself.
-        split: of a data set by name, or of a folder that holds several; left out: train.
+        split: of a data set by name (left out: train), or of a folder that holds several.
         subset: of a data set by name.
         name: what reports call it; left out: the path.
         weight: how often an epoch reads each document; 0.5: one half in one epoch, the other half in the next.
