@@ -29,8 +29,8 @@ class ShortErrors:
         told = in_a_line(message)
         if missing := re.search(r"are required: ((?:\w+\.)+.*)", told):
             keys = [x.split(".", 1)[1] for x in missing[1].split(", ")]  # without the verb
-            ends = "are missing: give a recipe with -c that has them, or these keys"
-            told = f"{' and '.join(keys)} {ends if len(keys) > 1 else ends.replace('are', 'is', 1)}"
+            are, them, these = ("are", "them", "these keys") if len(keys) > 1 else ("is", "it", "this key")
+            told = f"{' and '.join(keys)} {are} missing: give a recipe with -c that has {them}, or {these}"
         elif inner := INNER.fullmatch(told):
             names = [x.rsplit(".", 1)[1] for x in _options(self) if x.startswith(f"{inner[1]}.")]
             alike = get_close_matches(inner[2], names, 1) if len(inner[2]) > 1 else []  # many are near to one letter
