@@ -261,7 +261,7 @@ def run_recipe(argv: list[str]) -> None:
         _run(spell_out(argv) if argv[0] in READERS else argv)
     except MisconfigurationException as error:
         none = re.search("No supported .* backend found|accelerator is not available", str(error))
-        mend = " Choose trainer.accelerator cpu, or install torch for CUDA" if none else ""
+        mend = " Choose trainer.accelerator cpu; for a GPU install torch for CUDA" if none else ""
         raise UserError(f"trainer: {error}{mend}") from error
     except SIGTERMException:
         raise SystemExit(143) from None  # Lightning's own would say that all went well

@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+import torch
 from tiny import make_project, run
 
 from infctx.cli import main
@@ -53,6 +54,14 @@ def test_a_warning_of_bitsandbytes_is_left_out_and_no_other(capsys):
     told = "Failed to load CPU gemm_4bit_forward from kernels-community: %s."
     records = [log.makeRecord(log.name, logging.WARNING, "", 0, x, ("why",), None) for x in (told, "other: %s")]
     assert [bool(log.filter(x)) for x in records] == [False, True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none(project, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *FIT, "--trainer.accelerator", "gpu")
+    told = "trainer: No supported gpu backend found! Choose trainer.accelerator cpu; for a GPU install torch for CUDA"
+    assert told in capsys.readouterr().err
 
 
 def test_debug_shows_where(project, monkeypatch):
