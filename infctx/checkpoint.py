@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ def checkpoints(run: str | Path) -> list[Path]:
     """The checkpoint folders of a run, the newest last."""
     folders = [x for x in Path(run, "checkpoints").glob("step-*") if x.name[5:].isdigit()]
     return sorted(folders, key=lambda x: int(x.name[5:]))
+
+
+def runs_near(path: str | Path) -> str:
+    """Of a path that is not there: the runs in the same folder, or in runs/, whose names are nearest."""
+    path = Path(path)
+    for folder in () if path.exists() or path.suffix in (".pth", WEIGHTS.suffix) else (path.parent, Path("runs")):
+        runs = [x.parent for x in folder.glob("*/config.yaml") if (x.parent / "checkpoints").is_dir()]
+        if runs:
+            names = get_close_matches(path.name, sorted(x.name for x in runs), 5, 0)
+            return f"; runs there are: {', '.join(str(folder / x) for x in names)}{', ...' * (len(runs) > 5)}"
+    return ""
 
 
 def newest(run: str | Path) -> Path:

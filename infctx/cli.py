@@ -124,3 +124,9 @@ def _quiet() -> None:
                     ".*across ranks is zero.*", ".*treespec.*", ".*GPU available but not used.*",
                     ".*(all_gather|reduce_scatter).* is deprecated.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Peft imports bitsandbytes, which warns that a faster kernel for 4 bits is not there; nothing here has 4 bits."""
+    return "gemm_4bit_forward" not in str(record.msg)

@@ -2,16 +2,18 @@
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from infctx.chat import Conversation, check_name
-from infctx.generate import Stream
+from infctx.generate import Stream, read
 from infctx.models.rwkv import RWKV
 from infctx.sampling import Sampling
 from infctx.statefile import load_state
@@ -20,6 +22,12 @@ from infctx.tokenizer import Tokenizer, load_tokenizer
 from infctx.weights import load_model
 
 VOCABULARIES = {257: "bytes", 65536: "world"}
+TALK = {  # what can be typed in place of a turn
+    "/reset": "forget all turns",
+    "/save FILE": "write the conversation to a .safetensors file; chat --state goes on from it",
+    "/quit": "end",
+    "/help": "this list",
+}
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -69,7 +77,7 @@ def chat(
     save_state: str | None = None, max_tokens: int = 1024, top_p: float = 0.5, tokenizer: str = "auto",
     kernel: str = "auto", dtype: Dtype | None = None, device: Device = "auto", **sampling: Any,
 ) -> None:  # fmt: skip
-    """Talk with a model that knows the User/Assistant templates: a line a turn; /reset, /save FILE, /quit.
+    """Talk with a model that knows the User/Assistant templates: a line a turn; /reset, /save FILE, /quit, /help.
 
     Args:
         model: weights: .pth, .safetensors, Hugging Face folder, checkpoint or run folder.
@@ -94,6 +102,7 @@ def chat(
         conversation = Conversation.load(state, net, words, settings, system, think, functions)
     else:
         conversation = Conversation(net, words, settings, system, think, functions)
+    read(net, [np.zeros(1, np.int64)])  # what is said of kernels comes before the talk, not into a reply
     _talk(conversation, _typed())
     if save_state:
         conversation.save(save_state)
@@ -108,6 +117,10 @@ def _talk(conversation: Conversation, lines: Iterable[str]) -> None:
             conversation.reset()
         elif command == "/save":
             _save(conversation, path.strip())
+        elif command == "/help":
+            print("\n".join(f"{name:<11} {what}" for name, what in TALK.items()))
+        elif re.fullmatch(r"/\w*", command):  # a path has more of them
+            print(f"{command}: there is no such command; there are: {', '.join(TALK)}")
         elif command:
             print("Assistant: ", end="", flush=True)
             _print_pieces(conversation.ask(line))

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from infctx.checkpoint import runs_near
 from infctx.config import ModelConfig
 from infctx.layouts import Weights
 from infctx.models.rwkv import RWKV, init_model
@@ -97,7 +98,11 @@ def merge(run: str, out: str, dtype: Dtype = "float32") -> None:
     print(f"logits of {PROMPT} tokens, merged in float32: largest difference {difference:.1e} of the largest logit")
     if not difference <= MERGED:
         raise ValueError(f"{run}: not merged: the logits would differ by more than {MERGED:.0e}; export --what adapter")
-    write_model(model.config, _cast_all(dict(model.state_dict()), dtype), out)
+    weights = _cast_all(dict(model.state_dict()), dtype)
+    write_model(model.config, weights, out)
+    states = state_names(weights)
+    what = f"weights with adapters added, in {dtype}, {'and' if states else 'without'} a learnt initial state"
+    print(f"{model.config.arch}, {sum(x.numel() for x in weights.values()):,} parameters: {what}: {out}")
 
 
 def export_adapter(run: str, out: str) -> None:
@@ -107,10 +112,14 @@ def export_adapter(run: str, out: str) -> None:
     if getattr(config["default"], "init_lora_weights", None) == "pissa":
         raise ValueError(f"{run}: pissa has changed the weights that its adapters belong to: export the whole model")
     save_adapter(model, out)
+    if state_names(model.state_dict()):
+        print(f"the learnt initial state is not in it: `infctx export {run} FILE --what state` writes that")
 
 
 def _tuned(run: str) -> RWKV:
     model = load_tuned(run)
+    if model is None and not Path(run).exists():
+        raise FileNotFoundError(f"{run}: no such file{runs_near(run)}")
     if model is None:
         raise ValueError(f"{run}: no run with adapters: train with model.tuning {{method: lora}}, or another of them")
     return model

@@ -21,7 +21,7 @@ class DocumentData(pl.LightningDataModule):
     """Documents of any length, in lanes.
 
     Args:
-        source: where documents come from: one, or a list of them.
+        source: where documents come from: one, or a list of them; --data.source.help lists the keys of one.
         path: the folder where `prepare` keeps the tokens; `fit` prepares what is missing or stale.
         tokenizer: bytes, world, a tokenizer.json or a folder with one, or owner/name on the Hugging Face hub.
         segment_length: tokens T of one forward of the model.

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Hashable, Iterator
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 
@@ -12,6 +13,7 @@ import yaml
 VAGUE = re.compile(r"NoneType|^Expected a (<class 'list'>|list|path but.*|<class 'str'>|str)$")
 
 
+INNER = re.compile(r"([\w.]+): Option '(\w+)' is not accepted")
 UNKNOWN = re.compile(r"does not accept option '([^']+)'|unrecognized arguments: --([^\s=]+)")
 
 
@@ -25,7 +27,15 @@ class ShortErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises: UserError, always."""
         told = in_a_line(message)
-        if unknown := UNKNOWN.search(told):
+        if missing := re.search(r"are required: ((?:\w+\.)+.*)", told):
+            keys = [x.split(".", 1)[1] for x in missing[1].split(", ")]  # without the verb
+            are, them, these = ("are", "them", "these keys") if len(keys) > 1 else ("is", "it", "this key")
+            told = f"{' and '.join(keys)} {are} missing: give a recipe with -c that has {them}, or {these}"
+        elif inner := INNER.fullmatch(told):
+            names = [x.rsplit(".", 1)[1] for x in _options(self) if x.startswith(f"{inner[1]}.")]
+            alike = get_close_matches(inner[2], names, 1) if len(inner[2]) > 1 else []  # many are near to one letter
+            told += f"; did you mean {inner[1]}.{alike[0]}?" if alike else f"; --{inner[1]}.help lists them"
+        elif unknown := UNKNOWN.search(told):
             told = _no_such(unknown[1] or unknown[2], list(_options(self)))
         raise UserError(told)
 
@@ -56,14 +66,27 @@ def _either(values: list[str]) -> str:
 def _options(parser: Any) -> Iterator[str]:
     """The names of a parser's options, and of its verbs'."""
     for action in parser._actions:
-        yield from (x[2:] for x in action.option_strings if x.startswith("--"))
+        names = [x[2:] for x in action.option_strings if x.startswith("--")]
+        yield from names
+        inner = {x.name: None for kind in _dataclasses(getattr(action, "_typehint", None)) for x in fields(kind)}
+        yield from (f"{name}.{x}" for name in names for x in inner)
         for verb in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
             yield from _options(verb)
 
 
+def _dataclasses(kind: Any) -> Iterator[Any]:
+    """Those that a value of a type may be: of T | list[T] | None it is T."""
+    if is_dataclass(kind):
+        yield kind
+    for inner in get_args(kind):
+        yield from _dataclasses(inner)
+
+
 def _no_such(key: str, options: list[str]) -> str:
-    """Of a key that is not there, and the one that was meant."""
-    alike = [x for x in options if x.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]] or get_close_matches(key, options, 1)
+    """Of a key that is not there, and the nearest one: of those that end in the same word, wherever, or of all."""
+    last = key.rsplit(".", 1)[-1]
+    same = [x for x in options if x.rsplit(".", 1)[-1] == last]
+    alike = get_close_matches(key, same, 1, 0) or get_close_matches(key, options, 1)
     return f"{key}: there is no such key; " + (f"did you mean {alike[0]}?" if alike else "--help lists them")
 
 

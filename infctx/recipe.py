@@ -1,6 +1,7 @@
 """The commands that take a recipe: LightningCLI on the constructors, nothing else."""
 
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,8 @@ TRAINER = {
     "enable_model_summary": False,
 }
 
+# What lists the keys of a section that may be of several types; jsonargparse wants to be told of which one.
+CLASSES = {"--data.source.help": "infctx.sources.Source", "--model.tuning.help": "infctx.tuning.config.Tuning"}
 READERS = {"plan": plan_recipe, "check": check_recipe, "preview": preview_recipe}  # verbs that build no model
 
 
@@ -253,10 +256,13 @@ def run_recipe(argv: list[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):  # they set their own levels when imported
         logging.getLogger(name).setLevel(logging.WARNING)
     require_yaml(argv)
+    argv = [part for x in argv for part in ((x, CLASSES[x]) if x in CLASSES else (x,))]
     try:
         _run(spell_out(argv) if argv[0] in READERS else argv)
     except MisconfigurationException as error:
-        raise UserError(f"trainer: {error}") from error
+        none = re.search("No supported .* backend found|accelerator is not available", str(error))
+        mend = " Choose trainer.accelerator cpu; for a GPU install torch for CUDA" if none else ""
+        raise UserError(f"trainer: {error}{mend}") from error
     except SIGTERMException:
         raise SystemExit(143) from None  # Lightning's own would say that all went well
 

@@ -13,8 +13,8 @@ import lzma
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 Records = Iterator[tuple[str, Any]]  # (where it stands, what it holds)
 BLOCK = 1 << 20  # bytes that are read together
 ROWS = 16  # of a table that are read together: each may be a book
+# Formats, and keys of a record that tell them.
+TOLD = (("messages", {"messages"}), ("messages", {"conversations"}), ("completion", {"prompt", "completion"}),
+        ("instruction", {"instruction", "output"}))  # fmt: skip
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
 
 
@@ -42,6 +45,8 @@ def records(source: Source) -> Records:
         raise ValueError("data.source.split is for data sets by name or saved by `datasets`: leave it out")
     files = source.files()
     whole = [file for file in files if _is_whole(file, source) and kind(file) in READ]
+    if whole and not source.told:
+        raise ValueError(_untold(whole[0], source))
     if whole and source.format == "text":
         log.warning(f"data.source {source.label}: {len(whole)} such as {whole[0].name} are read whole, each as a "
                     "document; to read a column of their records name it in data.source.column")  # fmt: skip
@@ -84,9 +89,31 @@ def _is_whole(file: Path, source: Source) -> bool:
     return text or source.format in ("jsonl", "binidx")
 
 
+def _untold(file: Path, source: Source) -> str:
+    """Of a file of records, of which neither format nor column is told: what is in it, and what to say."""
+    text = "or data.source.format: text to read the file as one text"
+    try:
+        with closing(_sound(READ[kind(file)], file, source)) as found:  # type: ignore[type-var]
+            record = next(found, ("", None))[1]
+    except ValueError as error:
+        return f"{error}, {text}"
+    record = record if isinstance(record, Mapping) else {}
+    names = list(record)
+    what = "a table with columns" if kind(file) in (".csv", ".tsv") else "records with keys"
+    listed = ", ".join(names[:5])[:100] + (", ..." if len(names) > 5 else "") if names else "none that are named"
+    mend = next((f"format: {name}" for name, keys in TOLD if keys <= set(names)), None)
+    if mend is None:
+        texts = [name for name in names if isinstance(record[name], str)] or ["NAME"]
+        mend = f"column: {'text' if 'text' in texts else texts[0][:40]}"
+    return f"{file}: {what} {listed}: say data.source.{mend}, {text}"
+
+
 def _file(file: Path, source: Source) -> Records:
     own = {"binidx": _tokens, "jsonl": _lines, "text": _text}
-    read = own[source.format] if _is_whole(file, source) else READ.get(kind(file), _text)
+    yield from _sound(own[source.format] if _is_whole(file, source) else READ.get(kind(file), _text), file, source)
+
+
+def _sound(read: Callable[..., Records], file: Path, source: Source) -> Records:
     try:
         yield from read(file, source)
     except DAMAGED as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from infctx import plots, samplepage
+from infctx.checkpoint import runs_near
 from infctx.curves import METRICS, PLANNED, SAMPLES, STATE_NORMS, TRAINED, VALIDATION, Line, per_token, some, thinned
 
 _LIGHT = ("#1d2026", "#ffffff", "#5b616b", "#c9ccd1", "#1f6fb4", "#c04a0e", "#2b7d3a", "#7a4fb5", "#a5316f", "#6b6410")
@@ -40,7 +41,7 @@ def write_report(run: str | Path) -> Path:
     """Write report.html into a run folder. Raises: FileNotFoundError, or ValueError if no step was made yet."""
     run = Path(run)
     if not (run / METRICS).is_file():
-        raise FileNotFoundError(f"{run}: no run there (no {METRICS})")
+        raise FileNotFoundError(f"{run}: no run there (no {METRICS}){runs_near(run)}")
     lines, each = thinned(run / METRICS)
     if not lines:
         raise ValueError(f"{run}: no step was made yet, so there is nothing to report")

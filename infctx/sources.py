@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from glob import glob
 from pathlib import Path
@@ -45,18 +45,20 @@ class Source:
 
     Args:
         path: a file, a folder (all files in it), a pattern such as books/*.txt, or hf:owner/name.
-        format: text: a file is a document, or a column of each record; jsonl: a line is a document, whatever the
-            suffix; completion: a prompt and what follows it; instruction: columns with prefixes; messages: a
-            conversation; binidx: tokens as they are; module:function: your own, (record, tokenizer) -> Document.
+        format: text: a file is a document, or a column of each record; auto: the same, but of a file of records a
+            column must be named; jsonl: a line is a document, whatever the suffix; completion: a prompt and what
+            follows it; instruction: columns with prefixes; messages: a conversation; binidx: tokens as they are;
+            module:function: your own, (record, tokenizer) -> Document.
         column: text, jsonl: the one that holds the text; messages: the conversation (messages or conversations).
         columns: completion, instruction: the columns, in order; an empty or null one is left out with its prefix.
-        prefix, suffix: completion, instruction: text before and after each column; a space that ends a prefix is
-            learnt with the word after it.
+        prefix: completion, instruction: text before each column; a space that ends one is learnt with the word after.
+        suffix: completion, instruction: text after each column.
         template: messages: world, chatml, or tokenizer: the tokenizer's own chat template, through transformers.
         learn: columns or roles to be learnt; left out: the last column, the assistant.
         learn_prefix: also learn the prefixes of what is learnt.
         key: json: the key of the list of records, where they are not the file itself.
-        split, subset: of a data set by name; split also of a folder that holds several.
+        split: of a data set by name (left out: train), or of a folder that holds several.
+        subset: of a data set by name.
         name: what reports call it; left out: the path.
         weight: how often an epoch reads each document; 0.5: one half in one epoch, the other half in the next.
         limit: at most this many documents, the first ones.
@@ -67,7 +69,7 @@ class Source:
     """
 
     path: str
-    format: str = "text"
+    format: str = "auto"
     column: str | None = None
     columns: list[str] | None = None
     prefix: list[str] | None = None
@@ -84,8 +86,12 @@ class Source:
     min_tokens: int | None = None
     max_tokens: int | None = None
     too_long: Literal["refuse", "drop", "split"] = "refuse"
+    told: bool = field(default=True, init=False, repr=False, compare=False)  # whether the format was
 
     def __post_init__(self) -> None:
+        if self.format == "auto":
+            object.__setattr__(self, "format", "text")
+            object.__setattr__(self, "told", False)
         if self.format not in OPTIONS and not self.callable:
             choices = f"{', '.join(OPTIONS)}, or your own as module:function"
             raise ValueError(f"data.source.format {self.format!r} is not known; choose one of: {choices}")
@@ -177,7 +183,7 @@ class Source:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides on the documents that contents give; all else may change without preparing anew."""
-        return {k: v for k, v in asdict(self).items() if k not in ("path", "name", "weight")}
+        return {k: v for k, v in asdict(self).items() if k not in ("path", "name", "weight", "told")}
 
     def warnings(self) -> list[str]:
         """What is allowed and hardly meant."""

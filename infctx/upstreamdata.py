@@ -89,6 +89,8 @@ def source_of(given: dict[str, Any]) -> tuple[dict[str, Any], Told]:
     if given.get("source") is not None:
         _path(given, source, told)
     _format(given, source, told)
+    if given.get("source") == "csv" and source.get("format") == "text":
+        source.setdefault("column", "text")
     for key, value in given.items():
         if key in NEUTRAL:
             neutral, why = NEUTRAL[key]

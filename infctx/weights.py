@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infctx.checkpoint import MANIFEST, checkpoints, newest, sync, verify, weight_files
+from infctx.checkpoint import MANIFEST, checkpoints, newest, runs_near, sync, verify, weight_files
 from infctx.config import ModelConfig
 from infctx.layouts import Weights, check_hf_config, hf_config, to_layout, to_published
 from infctx.models.rwkv import RWKV
@@ -169,7 +169,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file{runs_near(path)}")
     if (path / MANIFEST).is_file():
         verify(path)
         return weight_files(path)

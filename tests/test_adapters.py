@@ -137,7 +137,8 @@ def test_a_run_with_an_adapter(method, tmp_path, monkeypatch, capsys):
     tokens = torch.randint(1, 257, (1, 30), generator=torch.Generator().manual_seed(2))
     expected = tuned.eval()(tokens)[0]
     run(monkeypatch, "merge", "runs/a", "merged.pth")
-    assert "largest difference" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "largest difference" in said and "in float32, and a learnt initial state: merged.pth" in said
     merged = infctx.load_model("merged.pth")
     assert float((merged(tokens)[0] - expected).detach().abs().max() / expected.detach().abs().max()) <= 1e-5
     run(monkeypatch, "export", "runs/a", "exported.safetensors")
@@ -148,7 +149,9 @@ def test_a_run_with_an_adapter(method, tmp_path, monkeypatch, capsys):
             run(monkeypatch, "export", "runs/a", "adapter", "--what", "adapter")
         assert "has changed the weights" in capsys.readouterr().err
         return
+    capsys.readouterr()
     run(monkeypatch, "export", "runs/a", "adapter", "--what", "adapter")
+    assert "state is not in it: `infctx export runs/a FILE --what state` writes" in capsys.readouterr().out
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         x.name for x in (tmp_path / "project" / "adapter").iterdir()
     }

@@ -11,6 +11,7 @@ from tiny import ARCHS, run, tiny_model, worst
 import infctx
 from infctx.chat import Conversation, clean, split_thought
 from infctx.generate import read
+from infctx.ops.backends import _automatic
 from infctx.sampling import Sampling
 from infctx.state import pack
 from infctx.statefile import save_state
@@ -190,6 +191,18 @@ def test_a_line_in_another_encoding_is_told_and_left_out(chat, monkeypatch, tmp_
     assert loaded.turns == 2
     state = read(loaded.model, [WORDS.encode("User: a\n\nAssistant: One.\n\nUser: ç\n\nAssistant: Two.\n\n")])[1]
     assert worst([pack(loaded.state)], [pack(state)]) < 1e-5
+
+
+def test_commands_are_listed_and_others_are_not_said_to_the_model(chat, monkeypatch, caplog):
+    _automatic.cache_clear()  # as in a new process
+    monkeypatch.setattr(Conversation, "ask", lambda *_: [str(any("wkv kernel" in x for x in caplog.messages))])
+    caplog.set_level("INFO", "infctx")
+    said = chat("/help\n/rest\n/restore now\n/ \n/etc/passwd is a file\n")
+    listed, _, rest = said.partition("/rest: ")
+    assert [line.split()[0] for line in listed.splitlines()] == ["/reset", "/save", "/quit", "/help"]
+    assert rest.splitlines()[0] == "there is no such command; there are: /reset, /save FILE, /quit, /help"
+    assert "/restore: there is no" in rest and "/: there is no" in rest
+    assert rest.count("Assistant: True\n") == rest.count("Assistant") == 1  # kernels were told of before
 
 
 def test_command(chat, monkeypatch):

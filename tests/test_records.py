@@ -82,11 +82,41 @@ def test_text_is_a_record(tmp_path, packing):
 
 def test_a_file_is_a_document_of_format_text_unless_a_column_is_named(tmp_path, caplog):
     (tmp_path / "a.json").write_text('[{"text": "x"}]')
-    assert [r for _, r in records(Source(str(tmp_path / "a.json")))] == [{"text": '[{"text": "x"}]'}]
+    assert [r for _, r in records(Source(str(tmp_path / "a.json"), "text"))] == [{"text": '[{"text": "x"}]'}]
     assert [r for _, r in records(Source(str(tmp_path / "a.json"), column="text"))] == [{"text": "x"}]
     assert len(caplog.records) == 1 and "1 such as a.json are read whole, each as a document" in caplog.text
     parquet.write_table(pa.table({"text": ["y"]}), tmp_path / "a.parquet")
     assert [r for _, r in records(Source(str(tmp_path / "a.parquet")))] == [{"text": "y"}]
+
+
+TEXT = ", or data.source.format: text to read the file as one text"
+UNTOLD = [
+    ("a.csv", b"title,text\na,b\n", "a table with columns title, text: say data.source.column: text"),
+    ("a.tsv", b"a\tb\nx\ty\n", "a table with columns a, b: say data.source.column: a"),
+    ("a.csv.gz", gzip.compress(b"a,b,c,d,e,f\n1,2,3,4,5,6\n"), "a table with columns a, b, c, d, e, ...: say"),
+    ("a.csv", b"a,b\n", "a table with columns none that are named: say data.source.column: NAME"),
+    ("a.jsonl", b'{"messages": []}', "records with keys messages: say data.source.format: messages"),
+    ("a.jsonl", b'{"id": 1, "conversations": []}', "records with keys id, conversations: say data.source.format: mes"),
+    ("a.ndjson", b'{"completion": "", "prompt": ""}', "records with keys completion, prompt: say data.source.format"),
+    ("a.json", b'[{"output": "", "instruction": ""}]', "instruction: say data.source.format: instruction"),
+    ("a.json", b'[{"n": 1, "body": "x"}]', "records with keys n, body: say data.source.column: body"),
+    ("a.json", b'{"n": 1}', "a.json: no list of records: name the key that holds it in data.source.key"),
+    ("a.csv.gz", gzip.compress(b"a,b\n" * 999)[:20], "cannot be read to its end"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), UNTOLD)
+def test_files_of_records_are_not_read_as_text_unless_that_is_said(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(ValueError) as error:
+        next(records(Source(str(tmp_path))))
+    said = str(error.value)
+    assert said.startswith(f"{tmp_path / name}") and message in said and said.endswith(TEXT) and "\n" not in said
+    if "gz" not in name:
+        whole = [record["text"] for _, record in records(Source(str(tmp_path), "text"))]
+        assert whole == [content.decode(), "text"]
+    assert Source("x").settings == Source("x", "text").settings  # nothing that was prepared is stale by it
 
 
 @pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])

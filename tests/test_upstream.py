@@ -73,6 +73,8 @@ dataset:
     dataset_weight: 2.0
   - source: text
     source_data_dir: books
+  - source: csv
+    source_data_dir: notes.csv
 """
 
 
@@ -108,7 +110,7 @@ def test_a_datapack_becomes_a_list_of_sources(tmp_path):
     old.write_text(DATAPACK)
     convert_recipe(str(old), str(new))
     data = yaml.safe_load(new.read_text())["data"]
-    contests, chats, books = data["source"]
+    contests, chats, books, notes = data["source"]
     assert (data["path"], data["tokenizer"]) == ("packed/", "world")
     assert contests == {
         "path": "hf:teven/code_contests", "split": "train", "format": "instruction",
@@ -118,6 +120,7 @@ def test_a_datapack_becomes_a_list_of_sources(tmp_path):
     assert chats == {"path": "chats.jsonl", "format": "messages", "template": "world", "column": "conversations",
                      "min_tokens": 8, "weight": 2.0}  # fmt: skip
     assert books == {"path": "books", "format": "text", "min_tokens": 8}
+    assert notes == {"path": "notes.csv", "format": "text", "min_tokens": 8, "column": "text"}
 
 
 @pytest.mark.parametrize(

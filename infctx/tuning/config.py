@@ -22,7 +22,9 @@ class Tuning:
         method: state: the state that every document begins with, of each layer's recurrence; or a method of the peft
             library: lora, dora, rslora, pissa, miss, loha, lokr, hra, delora, randlora, hira.
         lr: learning rate of what is tuned; null: that of the optimizer.
-        rank, alpha, dropout: of adapters, where the method has them; alpha null: the rank.
+        rank: of adapters.
+        alpha: of adapters, where the method has it; null: the rank.
+        dropout: of adapters, where the method has it.
         targets: patterns of the linear layers that get an adapter: all in the layers, if left out.
         options: more of peft's configuration of the method.
         state_lr: beside an adapter, learn the initial state too, at this rate; null: do not.
