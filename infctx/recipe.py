@@ -25,8 +25,9 @@ from infctx.parallel.watch import Watch
 from infctx.planning import data_of, note_plan, plan_recipe, spell_out
 from infctx.preview import preview_recipe
 from infctx.report import write_report
-from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, read_end
+from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, at_its_end, read_end
 from infctx.snapshots import Snapshots
+from infctx.stopping import Stopping
 from infctx.training import InfctxModule, refuse_precision, refuse_strategy
 
 # The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
@@ -174,7 +175,7 @@ class CLI(LightningCLI):
             checkpoint.folder, checkpoint.resume = self.run_folder, self.resume
             checkpoint.limits = [given["max_epochs"], given["max_steps"]]
             bar = [] if given["enable_progress_bar"] is False else [Progress(metrics)]
-            own["callbacks"] += [metrics, Snapshots(self.run_folder), *bar]
+            own["callbacks"] += [metrics, Stopping(), Snapshots(self.run_folder), *bar]
             if given["logger"] in (None, True):
                 own["logger"] = TensorBoardLogger(self.run_folder, name="", version="tensorboard")
             else:
@@ -188,7 +189,7 @@ class CLI(LightningCLI):
         self.datamodule.seed = int(self.config[self.subcommand].seed_everything)
 
     def fit(self, **kwargs: Any) -> None:
-        """Train, and write the report."""
+        """Train, and write the report. Raises: SystemExit 130, as shells have it, where Control-C stopped the run."""
         try:
             self.trainer.fit(**kwargs, ckpt_path=self.resume, weights_only=True)
         except RuntimeError as error:
@@ -203,6 +204,10 @@ class CLI(LightningCLI):
             device, seconds = self.trainer.strategy.root_device, self.model.counts["seconds"]
             note_plan(self.run_folder, self.trainer.world_size, device, seconds)
             self._report()
+        if self.model.stops and not at_its_end(self.trainer):
+            if self.trainer.is_global_zero:
+                print(f"run: stopped at step {self.trainer.global_step}, saved; --resume auto goes on")
+            raise SystemExit(130)
 
     def _report(self) -> None:
         try:

@@ -119,6 +119,16 @@ class Checkpoint(CheckpointBase):
                 f"from {first[1]}: give --name and --resume PATH"
             )
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """What was saved after an epoch's end, as if saved with its last window: else, with max_steps, Lightning takes
+        the next epoch for the one that was read to its end."""
+        loop = checkpoint["loops"]["fit_loop"]
+        for which in ("current", "total"):
+            epochs, windows = (loop[key][which] for key in ("epoch_progress", "epoch_loop.batch_progress"))
+            if 0 < epochs["ready"] == epochs["processed"]:
+                epochs["processed"] = epochs["completed"] = epochs["ready"] - 1
+                windows["completed"] = windows["processed"] - 1
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """What is there already need not be saved again; the run has not ended any more."""
         self._saved = trainer.global_step
@@ -142,7 +152,7 @@ class Checkpoint(CheckpointBase):
         """Save the end, and note where it was."""
         if trainer.global_step > self._saved:
             self._save(trainer)
-        if trainer.is_global_zero and _at_its_end(trainer):
+        if trainer.is_global_zero and at_its_end(trainer):
             part = self.folder / f".{END}"
             part.write_text(json.dumps([trainer.global_step, *self.limits]))
             part.replace(self.folder / END)
@@ -162,9 +172,9 @@ def _count_epoch(trainer: pl.Trainer) -> None:
         count.ready = count.started = count.processed + 1
 
 
-def _at_its_end(trainer: pl.Trainer) -> bool:
-    epochs = trainer.max_epochs or -1
-    return trainer.global_step == trainer.max_steps or 0 <= epochs <= trainer.current_epoch
+def at_its_end(trainer: pl.Trainer) -> bool:
+    """Whether all optimizer steps are made, by the plan: Lightning may end for other reasons, and miscount epochs."""
+    return trainer.global_step >= trainer.datamodule.total_steps()  # type: ignore[attr-defined]
 
 
 class FolderCheckpoints(CheckpointIO):

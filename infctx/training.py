@@ -90,6 +90,7 @@ class InfctxModule(pl.LightningModule):
         self.counts = {"tokens": 0, "documents": 0, "seconds": 0.0}  # of the whole run, on all ranks
         self.learning_rate = self.grad_norm = 0.0
         self.group_rates: dict[str, float] = {}  # of each group of the optimizer
+        self.asked_to_stop = self.stops = False  # this rank alone; all of them, after the step just made
         self._resumed: dict[str, Any] = {}
         self.outline: Outline | None = None  # of a model whose weights are in pieces
         self.runner: Runner = run_alone
@@ -183,6 +184,7 @@ class InfctxModule(pl.LightningModule):
 
     def take_step_sums(self, seconds: float) -> dict[str, Tensor]:
         """Sums over the optimizer step just made and over all ranks; counts them into the run."""
+        self.step_sums["stop"] = torch.tensor([float(self.asked_to_stop)], dtype=torch.float64, device=self.device)
         flat = torch.cat([x.flatten() for x in self.step_sums.values()])
         parts = (
             self.trainer.strategy.reduce(flat, reduce_op="sum")
@@ -190,7 +192,7 @@ class InfctxModule(pl.LightningModule):
             .split([x.numel() for x in self.step_sums.values()])
         )
         sums = {name: part.view(x.shape) for (name, x), part in zip(self.step_sums.items(), parts, strict=True)}
-        self.step_sums = {}
+        self.step_sums, self.stops = {}, bool(sums.pop("stop"))
         self.counts["tokens"] += int(sums["seen"][0])
         self.counts["documents"] += int(sums["seen"][1])
         self.counts["seconds"] += seconds

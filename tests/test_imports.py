@@ -48,14 +48,14 @@ LEVELS = [
     {"plan"},
     {"plantext"},
     {"weights", "chat"},
-    {"training", "data", "run", "snapshots", "convert", "commands"},
+    {"training", "data", "run", "snapshots", "stopping", "convert", "commands"},
     {"planning"},
     {"check", "preview"},
     {"recipe"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-LIGHTNING = {"training", "data", "run", "snapshots", "recipe", "cut", "zero", "fsdp2", "launch", "watch"}
+LIGHTNING = {"training", "data", "run", "snapshots", "stopping", "recipe", "cut", "zero", "fsdp2", "launch", "watch"}
 # The package's own __init__ gathers the public names from these levels.
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

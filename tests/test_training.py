@@ -328,3 +328,29 @@ def test_resumed_where_it_ends(project, monkeypatch, capsys):
     _, last = final(project, "whole")
     run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "more", "--resume", f"runs/whole/checkpoints/{last}")
     assert f"{last} is where the run ends; nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [[], ["--data.validation", "1"]], ids=["plain", "validation"])
+def test_an_ended_run_goes_on_to_a_later_step(project, monkeypatch, options):
+    """Its only checkpoint is that of its end; max_steps and max_epochs are both raised."""
+    command = ["fit", "-c", "recipe.yaml", "--model.optimizer.schedule", "constant", *options]
+    later = ["--trainer.max_epochs", "3"]
+    run(monkeypatch, *command, "--name", "whole", *later)
+    run(monkeypatch, *command, "--name", "cut", "--checkpoint.every_n_steps", "100")
+    ended = len(lines(project, "cut"))
+    later += ["--trainer.max_steps", str(ended + 2), "--checkpoint.every_n_steps", "100"]
+    run(monkeypatch, *command, "--name", "cut", "--resume", "auto", *later)
+    assert json.loads((project / "runs" / "cut" / "ended.json").read_text()) == [ended + 2, 3, ended + 2]
+    run(monkeypatch, *command, "--name", "cut", "--resume", "auto", *later[:2])
+    assert timeless(lines(project, "cut")) == timeless(lines(project, "whole"))
+    assert same(final(project, "cut")[0], final(project, "whole")[0])
+    if options:
+        held = [(project / "runs" / x / "validation.jsonl").read_text() for x in ("whole", "cut")]
+        assert held[0] == held[1]
+
+
+def test_a_run_that_ends_early_has_not_ended(project, monkeypatch):
+    """By a callback or a limit of time, say."""
+    monkeypatch.setattr("infctx.data.DocumentData.total_steps", lambda data: 100)
+    run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", "a")
+    assert not (project / "runs" / "a" / "ended.json").exists()
