@@ -1,6 +1,5 @@
 """The data section of a recipe: prepared documents, split, planned, loaded."""
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -128,6 +127,11 @@ class DocumentData(pl.LightningDataModule):
         """Optimizer steps of an epoch."""
         return -(-self.windows_in(epoch) // self.trainer.accumulate_grad_batches)
 
+    @property
+    def _alike(self) -> bool:
+        """Whether epochs are of as many windows: numbered ones of the same documents; whole ones fall differently."""
+        return self.segments_per_window is not None and all(float(x).is_integer() for x in self.weights)
+
     def total_steps(self) -> int:
         """Optimizer steps of the whole run. Raises: ValueError if the recipe sets no end."""
         epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
@@ -135,9 +139,7 @@ class DocumentData(pl.LightningDataModule):
             if steps < 0:
                 raise ValueError("the run has no end: set trainer.max_epochs or trainer.max_steps")
             return steps
-        # Numbered windows of the same documents are as many; whole ones fall together differently each time.
-        same = self.segments_per_window is not None and all(float(x).is_integer() for x in self.weights)
-        every = [0] * epochs if same else range(epochs)
+        every = [0] * epochs if self._alike else range(epochs)
         total = 0
         for epoch in every:
             total += self.steps_in(epoch)
@@ -164,9 +166,17 @@ class DocumentData(pl.LightningDataModule):
         return course[: total + 1]
 
     def total_tokens(self) -> tuple[int, int]:
-        """Tokens and documents that the run will have read at its end, on all ranks."""
-        epochs = self.total_steps() / max(1, self.steps_in(0))
-        return round(epochs * self.plan(0).tokens), math.ceil(epochs * len(self.lengths(0)))
+        """Tokens that the run will have read at its end, and documents it will have begun, on all ranks."""
+        left, epoch, tokens, documents = self.total_steps(), 0, 0, 0
+        whole = self._alike and self._limit(0) is None  # every epoch but a last one that is cut off
+        while left > 0:
+            at = 0 if whole and left >= self.steps_in(0) else epoch
+            plan, windows = self.plan(at), min(left * self.trainer.accumulate_grad_batches, self.windows_in(at))
+            if not windows:
+                break  # Lightning ends the run there
+            tokens, documents = tokens + int(plan.read[windows]), documents + plan.begun(windows)
+            left, epoch = left - self.steps_in(at), epoch + 1
+        return tokens, documents
 
     def lengths(self, epoch: int) -> np.ndarray:
         """Input tokens of each document that an epoch reads, as often as it reads it."""

@@ -152,6 +152,18 @@ def make_schedule(optimizer: Optimizer, config: OptimizerConfig, course: Sequenc
     return LambdaLR(optimizer, learning_rate_factor(config, course))
 
 
+def warmup_left(config: OptimizerConfig, course: Sequence[int]) -> str | None:
+    """A line for a run that ends before its rate is as high as the recipe says. Args: course: as below."""
+    key = "warmup_steps" if config.warmup_tokens is None else "warmup_tokens"
+    warmup, end = getattr(config, key), int(course[-1])
+    if end >= warmup:
+        return None
+    return (
+        f"warning: model.optimizer.{key} {warmup:,}: the run ends within it, after {end:,} {config.unit}, and never "
+        "comes to model.optimizer.lr"
+    )
+
+
 def apply_config(optimizer: Any, schedule: Any, config: OptimizerConfig, parts: tuple[Part, ...] = ()) -> None:
     """Give an optimizer and its schedule, restored from a checkpoint, the numbers of the recipe as it is now."""
     for i, group in enumerate(optimizer.param_groups):

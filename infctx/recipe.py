@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from infctx.borders import StatesConfig
+from infctx.changes import changed, config_of
 from infctx.check import check_recipe
 from infctx.checkpoint import checkpoints, newest, verify
 from infctx.data import DocumentData
@@ -94,17 +96,29 @@ class Trainer(pl.Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """The recipe as resolved, in the run's folder."""
+    """The recipe as resolved, in the run's folder; of one that goes on, once it does: what is refused changes none."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save that of a new run."""
+        if stage == "fit" and _checkpoint(trainer).resume is None:
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save that of a run that goes on."""
+        if _checkpoint(trainer).resume is not None:
+            super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write config.yaml; Lightning calls it on the first rank."""
-        if stage != "fit":
-            return
-        checkpoint = next(x for x in trainer.callbacks if isinstance(x, Checkpoint))  # type: ignore[attr-defined]
+        """Write config.yaml, and tell what it changes; Lightning calls it on the first rank."""
+        checkpoint = _checkpoint(trainer)
         checkpoint.folder.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         config.name = config.resume = None  # another run by this recipe is another run
         path = checkpoint.folder / "config.yaml"
+        if checkpoint.resume is not None:
+            old, new = config_of(checkpoint.resume), yaml.safe_load(self.parser.dump(config, skip_none=False))
+            if isinstance(old, dict) and (changes := changed(old, new)):
+                print(f"changed since: {', '.join(changes)}")
         self.parser.save(config, path, skip_none=False, overwrite=True, multifile=False)
 
 
@@ -224,6 +238,10 @@ class CLI(LightningCLI):
             print(f"validation_loss: {float(self.trainer.callback_metrics['validation_loss']):.6f} nats per token")
 
 
+def _checkpoint(trainer: pl.Trainer) -> Checkpoint:
+    return next(x for x in trainer.callbacks if isinstance(x, Checkpoint))  # type: ignore[attr-defined]
+
+
 def _decide(config: Namespace) -> tuple[Path, Path | None]:
     """The run's folder, and the checkpoint it goes on from. Ranks that Lightning starts are told both in sys.argv."""
     name, resume = config.name, config.resume
@@ -243,6 +261,8 @@ def _decide(config: Namespace) -> tuple[Path, Path | None]:
         return folder, resume
     if resume == "auto":
         resume = newest(folder) if checkpoints(folder) else None
+        if resume is None and (folder / "metrics.jsonl").exists():
+            print(f"run: {folder} has no checkpoint yet: begins anew")
         if resume and read_end(folder) == [int(resume.name[5:]), config.trainer.max_epochs, config.trainer.max_steps]:
             print(f"run: {folder} has ended, at {resume.name}; nothing to do")
             raise SystemExit(0)

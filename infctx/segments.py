@@ -152,6 +152,10 @@ class Plan:
             total += held[begun] - np.maximum(ends[begun] - borders, 0)
         return total
 
+    def begun(self, windows: int) -> int:
+        """Documents that begin in the first windows, in all lanes."""
+        return sum(int(np.searchsorted(begins, self.borders[windows])) for begins in self.begins)
+
     @property
     def padding(self) -> float:
         """The share of an epoch's places that hold no token."""

@@ -18,7 +18,7 @@ from infctx.job import require_steps
 from infctx.lanes import Place
 from infctx.models.rwkv import init_model
 from infctx.ops.backends import choose, require_known
-from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm
+from infctx.optim import OptimizerConfig, apply_config, make_optimizer, make_schedule, total_norm, warmup_left
 from infctx.parallel.config import ParallelConfig
 from infctx.parallel.cut import Cut
 from infctx.parallel.fsdp2 import FSDP2
@@ -221,6 +221,8 @@ class InfctxModule(pl.LightningModule):
         optimizer = make_optimizer(self.model, self.optimizer, self.parts)
         course = self.trainer.datamodule.course(self.optimizer.unit)  # type: ignore[attr-defined]
         schedule = make_schedule(optimizer, self.optimizer, course)
+        if self.trainer.is_global_zero and (warning := warmup_left(self.optimizer, course)):
+            print(warning)
         self.trained = table(self.model, optimizer.param_groups)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -233,21 +235,22 @@ class InfctxModule(pl.LightningModule):
                 checkpoint["state_dict"].pop(f"model.{name}", None)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep it until the run starts, when nothing draws random numbers any more."""
+        """Keep it until the run starts, when nothing draws random numbers any more; counts are told of before."""
         if self.base is not None:
             self.base.require(checkpoint["infctx"].get("base"))
             require_trained(self.model, {name.removeprefix("model.") for name in checkpoint["state_dict"]})
             self.strict_loading = False
         self._resumed = checkpoint["infctx"]
+        self.counts = dict(self._resumed["counts"])
 
     def on_train_start(self) -> None:
-        """Go on with the lanes, generators and counts of the checkpoint."""
+        """Go on with the lanes and generators of the checkpoint."""
         if not self._resumed:
             return
         apply_config(self.optimizers(), self.lr_schedulers(), self.optimizer, self.parts)
         self.lanes = self._place.lanes(self._resumed, self.seen.initial_state(1))
         self._place.seed(self._resumed)
-        self.counts, self._resumed = dict(self._resumed["counts"]), {}
+        self._resumed = {}
 
     @property
     def _place(self) -> Place:

@@ -20,6 +20,7 @@ LEVELS = [
         "sources",
         "jsonstream",
         "binidx",
+        "changes",
         "curves",
     },
     {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes", "loader"},

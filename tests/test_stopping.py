@@ -1,5 +1,6 @@
 """Control-C stops a run after a whole optimizer step, and loses nothing."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_project, run
+from tqdm import tqdm
 
 from infctx.bptt import window_loss
+from infctx.changes import changed
 
 
 @pytest.fixture
@@ -103,8 +106,85 @@ def test_all_ranks_stop_at_the_same_step(project):
         try:
             code = ranks.wait(60)
         finally:
-            ranks.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ranks.pid, signal.SIGKILL)
     told = (project / "log").read_text()
     assert code == 130 and "error" not in told, told
     step = losses(project, "a")[-1][0]
     assert last(project, "a").name == f"step-{step}" and f"run: stopped at step {step}, saved" in told
+
+
+def test_begins_anew_aloud(project, monkeypatch, capsys):
+    """Stopped before its first checkpoint."""
+    command = ["fit", "-c", "recipe.yaml", "--name", "a", "--checkpoint.every_n_steps", "100", "--resume", "auto"]
+    interrupted(monkeypatch, 2, times=2)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *command)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert len(losses(project, "a")) == 2 and "anew" not in capsys.readouterr().out
+    run(monkeypatch, *command)
+    assert "run: runs/a has no checkpoint yet: begins anew\n" in capsys.readouterr().out
+    assert [x[0] for x in losses(project, "a")] == list(range(1, 15))
+
+
+def test_a_resumed_run_tells_what_has_changed(project, monkeypatch, capsys):
+    command = ["fit", "-c", "recipe.yaml", "--name", "a", "--trainer.max_epochs", "1"]
+    run(monkeypatch, *command)
+    run(monkeypatch, *command[:-1], "2", "--resume", "auto", "--model.optimizer.lr", "1e-3")
+    told = [x for x in capsys.readouterr().out.splitlines() if "changed since" in x]
+    assert told == ["changed since: model.optimizer.lr 0.01 -> 0.001, trainer.max_epochs 1 -> 2"]
+    with pytest.raises(SystemExit):  # refused: it changes nothing
+        run(monkeypatch, *command[:-1], "3", "--resume", "auto", "--data.segment_length", "8")
+    capsys.readouterr()
+    run(monkeypatch, *command[:-1], "3", "--resume", "auto", "--model.optimizer.lr", "1e-3")
+    assert "changed since: trainer.max_epochs 2 -> 3\n" in capsys.readouterr().out
+
+
+def test_changes_of_whole_sections():
+    old = {"model": {"load": "a.pth", "init": None}, "data": {"source": [{"path": "a"}]}, "name": "x"}
+    new = {"model": {"load": None, "init": {"arch": "rwkv7"}}, "data": {"source": [{"path": "b"}]}, "parallel": None}
+    assert changed(old, new) == [
+        "model.load a.pth -> null", "model.init null -> {arch: rwkv7}", "data.source [{path: a}] -> [{path: b}]",
+    ]  # fmt: skip
+    assert changed(old, old) == []
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+def test_a_run_within_its_warmup_says_so(project, monkeypatch, capsys, unit):
+    more = ["--model.optimizer.unit", "tokens", "--model.optimizer.warmup_steps", "0"] if unit == "tokens" else []
+    for warmup, told in ((2000, True), (3, False)):
+        given = [*more, f"--model.optimizer.warmup_{unit}", str(warmup), "--trainer.max_steps", "4"]
+        run(monkeypatch, "fit", "-c", "recipe.yaml", "--name", f"{warmup}", *given)
+        warnings = [x for x in capsys.readouterr().out.splitlines() if "warning" in x]
+        assert bool(warnings) == told and all(f"model.optimizer.warmup_{unit} 2,000" in x for x in warnings)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.max_steps", "9"],
+        ["--trainer.max_steps", "4", "--trainer.accumulate_grad_batches", "2"],
+        ["--data.segments_per_window", "document", "--trainer.max_steps", "3", "--trainer.max_epochs", "4"],
+        ["--trainer.limit_train_batches", "3", "--trainer.max_epochs", "3"],
+        ["--trainer.max_epochs", "3"],
+    ],
+    ids=["steps", "accumulate", "document", "limit", "epochs"],
+)
+def test_the_bar_ends_where_the_run_does(project, monkeypatch, options):
+    """What a checkpoint brings is no work of this process."""
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **given):
+            super().__init__(*args, **given)
+            bars.append(self)
+
+    monkeypatch.setattr("infctx.run.tqdm", Bar)
+    command = ["fit", "-c", "recipe.yaml", "--trainer.enable_progress_bar", "true", "--checkpoint.every_n_steps", "1"]
+    run(monkeypatch, *command, "--name", "a", *options)
+    (bar,), rows = bars, [json.loads(x) for x in text(project, "a").splitlines()]
+    done = rows[-1]
+    assert bar.initial == 0 and bar.n == bar.total == done["tokens"]
+    assert f"documents={done['documents']}/{done['documents']}" in bar.postfix
+    run(monkeypatch, *command, "--name", "b", *options, "--resume", "runs/a/checkpoints/step-2")
+    assert bars[1].initial == rows[1]["tokens"] and bars[1].n == bars[1].total == done["tokens"]
