@@ -25,8 +25,8 @@ from infctx.planning import (
     tuning_of,
 )
 from infctx.plantext import count
+from infctx.refusals import refuse_optimizer
 from infctx.segments import Window
-from infctx.training import refuse_optimizer
 
 TINY_SEGMENTS, TINY_TOKENS = 3, 16
 

@@ -25,9 +25,9 @@ from infctx.parallel.config import ParallelConfig
 from infctx.parts import Part
 from infctx.plan import Forecast, Run
 from infctx.plantext import explain, heading, table
+from infctx.refusals import refuse_precision, refuse_strategy
 from infctx.segments import Plan
 from infctx.sources import as_sources
-from infctx.training import refuse_precision, refuse_strategy
 from infctx.tuning.config import Tuning
 from infctx.weights import read_model
 

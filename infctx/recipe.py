@@ -17,20 +17,20 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 from infctx.borders import StatesConfig
 from infctx.changes import changed, config_of
-from infctx.check import check_recipe
 from infctx.checkpoint import checkpoints, newest, verify
 from infctx.data import DocumentData
 from infctx.errors import ShortErrors, UserError, require_yaml
 from infctx.parallel.config import ParallelConfig
 from infctx.parallel.launch import cluster_plugins, decide_once, require_world
 from infctx.parallel.watch import Watch
-from infctx.planning import data_of, note_plan, plan_recipe, spell_out
-from infctx.preview import preview_recipe
+from infctx.planning import data_of, note_plan, spell_out
+from infctx.refusals import refuse_precision, refuse_strategy
 from infctx.report import write_report
 from infctx.run import Checkpoint, FolderCheckpoints, Metrics, Progress, at_its_end, read_end
 from infctx.snapshots import Snapshots
 from infctx.stopping import Stopping
-from infctx.training import InfctxModule, refuse_precision, refuse_strategy
+from infctx.training import InfctxModule
+from infctx.verbs import READERS, Trainer
 
 # The sampler that Lightning would add shuffles; the plan of each epoch has its own length.
 TRAINER = {
@@ -44,55 +44,10 @@ TRAINER = {
 
 # What lists the keys of a section that may be of several types; jsonargparse wants to be told of which one.
 CLASSES = {"--data.source.help": "infctx.sources.Source", "--model.tuning.help": "infctx.tuning.config.Tuning"}
-READERS = {"plan": plan_recipe, "check": check_recipe, "preview": preview_recipe}  # verbs that build no model
 
 
 class Parser(ShortErrors, LightningArgumentParser):
     """Lightning's, with short errors."""
-
-
-class Trainer(pl.Trainer):
-    """Lightning's, with the verbs that read a recipe but train nothing."""
-
-    def prepare(
-        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None
-    ) -> None:
-        """Tokenise the documents of a recipe into data.path, unless that is done."""
-
-    def plan(
-        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None,
-        device: str = "measured", ranks: list[int] = [], explain: bool = False, tokens: int | None = None,  # noqa: B006
-    ) -> None:  # fmt: skip
-        """Forecast memory, time and what would fit, for each strategy and number of ranks.
-
-        Args:
-            device: what each rank has: measured (this machine), or h200, h100, a100-80, ...: see devices.py.
-            ranks: numbers of ranks: --ranks 1 2 4; 1, 2, 4 and 8 times parallel.time if left out.
-            explain: print the formulas too, with the numbers put in.
-            tokens: of the longest document, where nothing is prepared yet.
-        """
-
-    def check(
-        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None,
-        ranks: list[int] = [],  # noqa: B006
-    ) -> None:  # fmt: skip
-        """Dry-run a recipe for a number of ranks on this machine: nothing is prepared, started or written.
-
-        Args:
-            ranks: how many: --ranks 8; 1 if left out.
-        """
-
-    def preview(
-        self, model: pl.LightningModule | None = None, datamodule: pl.LightningDataModule | None = None,
-        documents: int = 4, first: int | None = None, html: str | None = None,
-    ) -> None:  # fmt: skip
-        """Show documents as the model will see them, and what was prepared, how long they are, how they are cut.
-
-        Args:
-            documents: how many to show, or parts of them, as they lie in the first windows; 0: none.
-            first: show whole documents instead, from this number on, as errors of a run name them.
-            html: file for the same as a page.
-        """
 
 
 class SaveConfig(SaveConfigCallback):

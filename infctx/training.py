@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +27,7 @@ from infctx.parallel.sharded import Outline
 from infctx.parallel.wavefront import Wavefront
 from infctx.parallel.zero import ZeRO
 from infctx.parts import Group, Part, Silent, freeze, table
+from infctx.refusals import refuse_non_finite, refuse_optimizer, refuse_precision, refuse_strategy
 from infctx.segments import Window
 from infctx.state import State
 from infctx.task import by_distance
@@ -138,7 +139,7 @@ class InfctxModule(pl.LightningModule):
             self.seen, window, self.lanes, self.horizon, window.normaliser,
             l2_penalty=self.l2_penalty, states=self.states, runner=self.runner,
         )  # fmt: skip
-        _refuse_non_finite(loss, metrics, window, index)
+        refuse_non_finite(loss, metrics, window, index)
         seen = torch.stack([torch.count_nonzero(x) for x in (window.ids >= 0, window.start)]).double()
         seen *= self.trainer.global_rank % self.parallel.time == 0  # ranks that share lanes see the same window
         metrics["border_gradient"] = by_distance(metrics["border_gradient"])
@@ -255,35 +256,3 @@ class InfctxModule(pl.LightningModule):
     @property
     def _place(self) -> Place:
         return Place(self.trainer.global_rank, self.trainer.world_size, self.parallel.time, self.device)
-
-
-def refuse_strategy(name: str) -> NoReturn:
-    """Raises: ValueError, always."""
-    raise ValueError(f"trainer.strategy {name} is not supported: choose auto, ddp or a file of recipes/strategy")
-
-
-def refuse_optimizer(name: str) -> None:
-    """Raises: ValueError for one that does not work on pieces."""
-    if name != "adamw":
-        mend = "choose adamw, or trainer.strategy ddp"
-        raise ValueError(f"model.optimizer.name {name}: DeepSpeed and FSDP2 cut up what it updates whole: {mend}")
-
-
-def refuse_precision(precision: object) -> None:
-    """Weights in float32, computed in it or in bfloat16. Raises: ValueError for others.
-
-    The loss scale of float16 would reach a part of the gradient; weights in bfloat16 lose small updates.
-    """
-    if str(precision) not in ("None", "32", "32-true", "bf16", "bf16-mixed"):
-        raise ValueError(f"trainer.precision {precision} is not supported: choose bf16-mixed or 32-true")
-
-
-def _refuse_non_finite(loss: Tensor, metrics: dict[str, Tensor], window: Window, index: int) -> None:
-    if torch.isfinite(loss):
-        return
-    bad = (~torch.isfinite(metrics["segment_loss"])).nonzero().flatten().tolist()
-    segment = bad[0] if bad else 0
-    documents = sorted(set(window.ids[:, segment].flatten().tolist()) - {-1})
-    where = f"window {index}, segment {segment}, documents {documents[:5]}"
-    mend = "no update was made from it; lower model.optimizer.lr or look at these documents"
-    raise FloatingPointError(f"the loss is {loss.item()} in {where}: {mend}")

@@ -23,7 +23,7 @@ LEVELS = [
         "changes",
         "curves",
     },
-    {"memory", "models", "records", "templates", "arrowfile", "borders", "lanes", "loader"},
+    {"memory", "models", "refusals", "records", "templates", "arrowfile", "borders", "lanes", "loader"},
     {"formats"},
     {"documents", "tokentext"},
     {"task"},
@@ -52,11 +52,25 @@ LEVELS = [
     {"training", "data", "run", "snapshots", "stopping", "convert", "commands"},
     {"planning"},
     {"check", "preview"},
+    {"verbs"},
     {"recipe"},
     {"cli"},
     {"__main__", "__init__"},
 ]
-LIGHTNING = {"training", "data", "run", "snapshots", "stopping", "recipe", "cut", "zero", "fsdp2", "launch", "watch"}
+LIGHTNING = {
+    "training",
+    "data",
+    "run",
+    "snapshots",
+    "stopping",
+    "recipe",
+    "verbs",
+    "cut",
+    "zero",
+    "fsdp2",
+    "launch",
+    "watch",
+}
 # The package's own __init__ gathers the public names from these levels.
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 
