@@ -114,7 +114,8 @@ def _loss(lines: list[Line], validation: list[Line]) -> str:
                 plots.curves("Loss", series, unit, marks=["validation"]))]  # fmt: skip
     sources = dict(plots.by_key(lines, "source_loss", per_token))
     held_out = {f"{x}, held out": y for x, y in plots.by_key(validation, "source_loss", per_token).items()}
-    if every := sources | held_out:
+    every = sources | held_out
+    if len(sources) > 1 or len(held_out) > 1:  # of one alone it would be the loss once more
         most = dict(list(every.items())[:MOST])
         said = "Of the tokens of each source." + (f" {len(every) - MOST:,} more are not drawn." * (len(every) > MOST))
         svg = plots.curves("Loss by source", most, unit, marks=list(held_out))

@@ -262,7 +262,7 @@ def test_states_are_noted_with_each_checkpoint(fitted):
 
 def test_page_of_a_real_run(fitted):
     page, text = page_of(fitted)
-    assert "the run took less than 60 s" in text and "blocks.0.att" in text and len(page.figures) == 10
+    assert "the run took less than 60 s" in text and "blocks.0.att" in text and len(page.figures) == 9
     rates = dict(json.loads((fitted / "metrics.jsonl").read_text().splitlines()[-1])["group_lr"])
     assert rates["double"] == 2 * rates["matrices"] and "matrices, rest" in text
 
