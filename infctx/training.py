@@ -187,11 +187,8 @@ class InfctxModule(pl.LightningModule):
         """Sums over the optimizer step just made and over all ranks; counts them into the run."""
         self.step_sums["stop"] = torch.tensor([float(self.asked_to_stop)], dtype=torch.float64, device=self.device)
         flat = torch.cat([x.flatten() for x in self.step_sums.values()])
-        parts = (
-            self.trainer.strategy.reduce(flat, reduce_op="sum")
-            .cpu()
-            .split([x.numel() for x in self.step_sums.values()])
-        )
+        total = self.trainer.strategy.reduce(flat, reduce_op="sum").cpu()  # one message for all of them
+        parts = total.split([x.numel() for x in self.step_sums.values()])
         sums = {name: part.view(x.shape) for (name, x), part in zip(self.step_sums.items(), parts, strict=True)}
         self.step_sums, self.stops = {}, bool(sums.pop("stop"))
         self.counts["tokens"] += int(sums["seen"][0])
