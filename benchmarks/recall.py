@@ -141,7 +141,7 @@ def train(
     """Train a model. Returns: its accuracy on the way and at the end, and the seconds that it took."""
     freeze(model, parts)
     optimizer = make_optimizer(model, config, parts)
-    schedule = make_schedule(optimizer, config, steps)
+    schedule = make_schedule(optimizer, config, range(steps + 1))
     draw, begin, curve = torch.Generator().manual_seed(seed), time.perf_counter(), []
     zero_state, every = condition == "zero-state", max(1, steps // sizes["points"])
     for step in range(steps + 1):

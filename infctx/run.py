@@ -36,6 +36,7 @@ class Metrics(Callback):
         """Say what is ahead; forget the lines of steps that a resumed run will make again."""
         if trainer.is_global_zero:
             print(pl_module.trained)
+            self.file.parent.mkdir(parents=True, exist_ok=True)  # config.yaml may come later
             (self.file.parent / TRAINED).write_text(pl_module.trained + "\n", encoding="utf-8")
             print(trainer.datamodule.describe(pl_module.horizon), flush=True)  # type: ignore[attr-defined]
         self._step, self._clock = trainer.global_step, time.perf_counter()

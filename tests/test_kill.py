@@ -31,7 +31,9 @@ def last_weights(project, name):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed(tmp_path, kills):
-    recipe = RECIPE.replace("every_n_steps: 2", "every_n_steps: 3").replace("max_epochs: 2", f"max_epochs: {8 * kills}")
+    recipe = RECIPE.replace("every_n_steps: 2", "every_n_steps: 3").replace(
+        "max_epochs: 2", f"max_epochs: {2 + 5 * kills}"
+    )
     recipe = recipe.replace("keep: 100", "keep: 2")
     project = make_project(tmp_path / "project", recipe=recipe)
     whole = start(project, "whole")

@@ -12,6 +12,7 @@ from tiny import make_project
 from infctx import live
 
 
+@pytest.mark.slow
 def test_run_shows_output_and_follows_the_figures(tmp_path, monkeypatch, capsys):
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -124,6 +124,7 @@ def test_two_nodes_of_torchrun_make_one_run(processes, monkeypatch):
     assert_same_run(rows(processes.project / "runs" / folders.pop()), one)
 
 
+@pytest.mark.slow
 def test_copies_of_slurm_end_with_the_error_of_the_first(processes):
     folder = processes.project / "runs" / "taken"
     folder.mkdir(parents=True)

@@ -61,6 +61,7 @@ def test_notebook_runs(file, tmp_path, monkeypatch):
     assert {x.name for x in tmp_path.iterdir()} <= {"work", "done.ipynb", "ipython"}
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_stops_the_notebook(tmp_path, monkeypatch):
     """With the command's own words; nothing after it is run."""
     variants = {"wrong": {"model.optimizer.lr": -1}}

@@ -88,7 +88,7 @@ def test_gradients_equal_those_of_the_transcription(arch, record_property):
     law(record_property, 8, arch, worst(ours, expected), 1e-9)
 
 
-@pytest.mark.parametrize("arch", PACKAGE)
+@pytest.mark.parametrize("arch", [x if x == "rwkv7" else pytest.param(x, marks=pytest.mark.slow) for x in PACKAGE])
 def test_float32_is_as_good_as_the_rwkv_package(tmp_path, arch):
     """Errors against the float64 transcription, ours beside those of the package."""
     questions, cases = [], []

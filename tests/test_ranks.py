@@ -46,15 +46,16 @@ def test_two_ranks_equal_one(tmp_path, arch):
     # The lanes of both ranks are in the checkpoint: one rank goes on where two were, or two again.
     first = len(one) - 2
     resume = ("--resume", f"runs/two/checkpoints/step-{first}")
-    again = fit(project, "again", *ranks, *resume)
     alone = fit(project, "alone", "--data.batch_size", "2", "--trainer.accumulate_grad_batches", "3", *resume)
-    for last in (again, alone):
+    again = [fit(project, "again", *ranks, *resume)] if arch == "goldfinch" else []
+    for last in (alone, *again):
         assert [x["step"] for x in last] == [x["step"] for x in one][first:]
         for x, y in zip(last, one[first:]):
             assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("schedule", ["wavefront", pytest.param("scan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["wavefront", "scan"])
 def test_ranks_that_share_a_document(tmp_path, schedule):
     project = make_project(tmp_path / "project")
     over_time = ("--trainer.devices", "2", "--trainer.strategy", "ddp", "--parallel.time", "2")

@@ -259,6 +259,7 @@ for size in ("small", "large"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="what a process holds is read from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """The most kilobytes held, without files that are mapped, at 3 and then at 60 MB of each kind: no more by 16 MB."""

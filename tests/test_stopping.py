@@ -93,6 +93,7 @@ def test_twice_stops_at_once(project, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning leaves it ignored
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_at_the_same_step(project):
     """One of them hears of it, as with a launcher that hands it to the first alone."""
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1", "--trainer.max_epochs"]

@@ -70,7 +70,7 @@ def test_a_run_and_what_it_leaves(project, monkeypatch, capsys):
         [],
         ["--trainer.accumulate_grad_batches", "2"],
         ["--data.segments_per_window", "document", "--data.batch_size", "1"],
-        ["--trainer.precision", "bf16-mixed", "--model.horizon", "2"],
+        pytest.param(["--trainer.precision", "bf16-mixed", "--model.horizon", "2"], marks=pytest.mark.slow),
         ["--model.init.arch", "rwkv4", "--trainer.max_epochs", "1"],
         ["--model.init.arch", "goldfinch", "--trainer.max_epochs", "1"],
     ],

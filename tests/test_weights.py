@@ -163,7 +163,7 @@ def test_goldfinch_has_no_hugging_face_layout(tmp_path):
         infctx.save_model(tiny_model("goldfinch", torch.float32), tmp_path / "hf")
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pth", pytest.param(".safetensors", marks=pytest.mark.slow)])
 def test_loading_maps_the_file(tmp_path, suffix):
     """What is not converted takes no memory of its own: 256 MB of weights, and less than a tenth of that allocated."""
     config = infctx.ModelConfig("rwkv7", 1, 64, 500_000)
