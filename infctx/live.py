@@ -17,8 +17,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from infctx.curves import METRICS, POINTS, lines_of
+
 EVERY = 1.0  # seconds between two looks at a run's figures
-POINTS = 1000  # that are drawn at most
 TAIL = 12  # lines of its output that a failed command is quoted with
 
 
@@ -71,10 +72,7 @@ def output(*argv: object, stdin: str = "") -> str:
 
 def metrics(run: str | Path) -> list[dict[str, Any]]:
     """The figures of a run, a step each; none if there is no step yet."""
-    file = Path(run) / "metrics.jsonl"
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]  # a last line may be half written
+    return list(lines_of(Path(run, METRICS)))
 
 
 def plot(axis: Any, runs: Mapping[str, str | Path], key: str = "loss", smooth: int = 1) -> None:
@@ -129,7 +127,7 @@ class View:
 
     def _more(self) -> bool:
         """Read what was written since the last look. Returns: whether there was a line."""
-        file = Path(self.folder or "", "metrics.jsonl")
+        file = Path(self.folder or "", METRICS)
         if not file.exists():
             return False
         with file.open("rb") as stream:
