@@ -56,6 +56,7 @@ class DocumentData(pl.LightningDataModule):
         self.segment_length, self.batch_size, self.parallel = segment_length, batch_size, parallel
         self.segments_per_window = None if segments_per_window == "document" else int(segments_per_window)
         self.plan = lru_cache(maxsize=2)(self._plan)
+        self._windows = lru_cache(maxsize=None)(lambda epoch: len(self.plan(epoch)))  # asked for more than once
         self.seed = 0
         self.train: ArrowDocuments
         self.held_out: ArrowDocuments | None = None
@@ -89,6 +90,7 @@ class DocumentData(pl.LightningDataModule):
         else:
             self.train = documents
         self.plan.cache_clear()
+        self._windows.cache_clear()
 
     @property
     def lanes(self) -> int:
@@ -120,7 +122,7 @@ class DocumentData(pl.LightningDataModule):
 
     def windows_in(self, epoch: int) -> int:
         """Windows of an epoch."""
-        windows, limit = len(self.plan(epoch)), self._limit(epoch)
+        windows, limit = self._windows(epoch), self._limit(epoch)
         return windows if limit is None else min(windows, limit)
 
     def steps_in(self, epoch: int) -> int:
