@@ -12,9 +12,8 @@ from jsonargparse import ActionYesNo, ArgumentParser, auto_cli
 
 from infctx.commands import chat, generate
 from infctx.convert import convert, export_adapter, init, merge, require_new
-from infctx.curves import PLANNED
 from infctx.errors import ShortErrors, UserError, told_of
-from infctx.report import write_report
+from infctx.report import lacks_plan, write_report
 from infctx.tuning.states import export_state
 from infctx.upstream import convert_recipe
 from infctx.weights import load_model, save_model
@@ -55,7 +54,7 @@ def report(run: str) -> None:
     Args:
         run: run folder.
     """
-    if Path(run, PLANNED).is_file():
+    if lacks_plan(run):
         from infctx.planning import plan_again  # Lightning takes seconds to import
 
         plan_again(Path(run))

@@ -110,12 +110,9 @@ def note_plan(run: Path, ranks: int, device: torch.device, seconds: float = math
 
 
 def plan_again(run: Path) -> None:
-    """Plan a run whose page was made without, on a machine as it had. Does nothing for one that has its plan."""
-    noted: dict[str, Any] = {"strategy": None}
-    if (run / PLANNED).is_file():
-        noted = json.loads((run / PLANNED).read_text())
-    here = _here()
-    if "strategy" not in noted and noted["device"] == _kind(here):
+    """Plan a run that was noted without a plan, on a machine as it had; elsewhere its note stays."""
+    noted, here = json.loads((run / PLANNED).read_text()), _here()
+    if noted["device"] == _kind(here):
         note_plan(run, noted["ranks"], here)
 
 

@@ -68,6 +68,12 @@ def write_report(run: str | Path) -> Path:
     return run / "report.html"
 
 
+def lacks_plan(run: str | Path) -> bool:
+    """Whether a run that could have been planned was not: its note says why."""
+    noted = _json(Path(run, PLANNED))
+    return noted is not None and "strategy" not in noted
+
+
 def _json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
