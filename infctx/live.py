@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from infctx.curves import METRICS, POINTS, lines_of
+from infctx.plots import as_written, listed
 
 EVERY = 1.0  # seconds between two looks at a run's figures
 TAIL = 12  # lines of its output that a failed command is quoted with
@@ -88,12 +89,11 @@ def plot(axis: Any, runs: Mapping[str, str | Path], key: str = "loss", smooth: i
         lines = metrics(folder)
         values = [x[key] for x in lines]
         means = [sum(part) / len(part) for part in (values[max(0, i + 1 - smooth) : i + 1] for i in range(len(values)))]
-        axis.plot([x["step"] for x in lines], means, lw=1.5, label=f" {label}" if label[:1] == "_" else label)
+        axis.plot([x["step"] for x in lines], means, lw=1.5, label=listed(label))
     axis.set(xlabel="optimizer step", ylabel="loss, nats per token" if key == "loss" else key.replace("_", " "))
     axis.grid(alpha=0.3)
     if any(runs):
-        for text in axis.legend().get_texts():
-            text.set_parse_math(False)
+        as_written(axis.legend())
 
 
 def fresh(folder: str | Path) -> Path:

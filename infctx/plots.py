@@ -26,8 +26,7 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
            level: tuple[str, float] | None = None, **axes: Any) -> str:  # fmt: skip
     """Lines over one axis. Args: marks: labels of series drawn with points. level: a level line, and what it is."""
     figure, axis = _figure()
-    # matplotlib leaves labels out of the legend that begin with a line.
-    shown = {f" {label}" if label[:1] == "_" else label: xy for label, xy in series.items() if len(xy[0])}
+    shown = {listed(label): xy for label, xy in series.items() if len(xy[0])}
     for i, (label, (xs, ys)) in enumerate(shown.items()):
         point = "o" if label in marks or len(xs) == 1 else ""
         dash = DASHES[i // SLOTS % len(DASHES)]
@@ -55,11 +54,21 @@ def curves(title: str, series: Series, ylabel: str, *, x: str = "optimizer step"
             ncols=columns,
             handlelength=1.6,
         )
-        for text in legend.get_texts():  # names of files, in which $ is no formula
-            text.set_parse_math(False)
+        as_written(legend)
     said = "; ".join(f"{label}: {_say(ys[0])} at {_say(xs[0])}, {_say(ys[-1])} at {_say(xs[-1])}"
                      for label, (xs, ys) in list(shown.items())[:SLOTS])  # fmt: skip
     return _svg(figure, f"{title}: {ylabel} by {x}. {said}")
+
+
+def listed(label: str) -> str:
+    """A label that a legend shows: matplotlib leaves those out that begin with a line."""
+    return f" {label}" if label[:1] == "_" else label
+
+
+def as_written(legend: Any) -> None:
+    """Show names of files as they are: a $ in them is no formula."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def heat(title: str, rows: Sequence[Sequence[float]], xlabel: str, ylabel: str, what: str) -> str:
